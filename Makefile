@@ -1,0 +1,6 @@
+# All the work is in make.py; without make: `python make.py book`, `python make.py test`, ...
+PYTHON ?= python3
+
+.PHONY: book test notebooks lint clean
+book test notebooks lint clean:
+	@$(PYTHON) make.py $@

@@ -1,0 +1,450 @@
+#!/usr/bin/env python3
+"""Set up, build the book, test: the work behind the Makefile, for systems with and without make.
+
+    python make.py book        set up, execute every notebook in a copy of book/, render the pages
+    python make.py test        set up, lint, unit tests, nbval, strict build from committed outputs
+    python make.py notebooks   set up, execute the notebooks of book/ in place, normalise outputs
+    python make.py lint        set up, ruff and mypy only
+    python make.py clean       remove what the other commands made (not .venv; `--all` removes it)
+
+Needs Python 3.11 and its standard library; everything else is installed into `.venv`.
+`--current-env` uses the running interpreter as it is and installs nothing (conda, containers).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent
+BOOK = ROOT / "book"
+BUILD = ROOT / "_build"
+VENV = ROOT / ".venv"
+STAMP = VENV / "installed-for"
+EXTRAS = "book,test,peft,plot"
+
+WORKERS = 2
+CELL_SECONDS = 300
+LARGEST_NOTEBOOK = 1_500_000  # bytes; readers clone this
+STRICT = ("-W", "-n", "--keep-going")
+
+
+class Failure(Exception):
+    """A step failed; the message is all that the user needs to see."""
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+def venv_python() -> Path:
+    """Interpreter of `.venv`; it need not exist yet."""
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def fingerprint() -> str:
+    """What the installation depends on: both requirement files, the extras, and where it stands."""
+    digest = hashlib.sha256()
+    for part in (
+        (ROOT / "pyproject.toml").read_bytes(),
+        (ROOT / "constraints.txt").read_bytes(),
+        EXTRAS.encode(),
+        str(ROOT).encode(),
+    ):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()
+
+
+def set_up() -> Path:
+    """Make `.venv` and install into it, unless that has been done for these very requirements."""
+    python = venv_python()
+    if not python.exists():
+        say("making .venv")
+        try:
+            run([sys.executable, "-m", "venv", VENV], "making .venv")
+        except Failure:
+            shutil.rmtree(VENV, ignore_errors=True)  # half an environment would be taken for one
+            raise
+    if STAMP.exists() and STAMP.read_text(encoding="utf-8") == fingerprint():
+        return python
+    say("installing into .venv: some minutes the first time")
+    STAMP.unlink(missing_ok=True)
+    options = ["--disable-pip-version-check", "--no-input", "-c", "constraints.txt"]
+    run([python, "-m", "pip", "install", *options, "-e", f".[{EXTRAS}]"], "installation")
+    STAMP.write_text(fingerprint(), encoding="utf-8")
+    return python
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables under which notebooks and tests run, so that outputs do not depend on the user's.
+
+    A user's own value is kept for what only decides where things come from.
+    """
+    variables = dict(os.environ)
+    variables.update(
+        HYPOTHESIS_STORAGE_DIRECTORY=str(BUILD / "hypothesis"),
+        JUPYTER_PREFER_ENV_PATH="1",
+        OMP_NUM_THREADS=str(threads),
+        PYDEVD_DISABLE_FILE_VALIDATION="1",
+        PYTHONHASHSEED="0",
+        SOURCE_DATE_EPOCH="0",
+        TOKENIZERS_PARALLELISM="false",
+        UNIFIED_EDIT_CACHE=str(BUILD / "cache"),
+        UNIFIED_EDIT_PROGRESS="0",
+    )
+    variables.pop("MPLBACKEND", None)
+    variables.setdefault("HF_HUB_OFFLINE", "1")
+    return variables
+
+
+def run(command: Sequence[str | Path], what: str, env: dict[str, str] | None = None) -> None:
+    """Run a command from the root; `Failure` names what failed, and how to run it alone."""
+    words = [str(word) for word in command]
+    if subprocess.run(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL).returncode:
+        raise Failure(f"{what} failed: {shlex.join(words)}")
+
+
+def say(text: str) -> None:
+    """One line of progress, in order with what the commands print."""
+    print(f"make.py: {text}", flush=True)
+
+
+def git_status() -> list[str] | None:
+    """Lines of `git status --porcelain`, or None outside a git checkout."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "status", "--porcelain", "--untracked-files=all"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.splitlines() if result.returncode == 0 else None
+
+
+def check_tree(before: list[str] | None) -> None:
+    """`Failure` if `git status` shows anything that it did not show `before`."""
+    new = sorted(set(git_status() or []) - set(before or []))
+    if before is not None and new:
+        raise Failure("the command left changes in the working tree:\n  " + "\n  ".join(new))
+
+
+# --- notebooks ------------------------------------------------------------------------------------
+
+
+def notebooks(folder: Path) -> list[Path]:
+    """Notebooks below a folder, without hidden folders and build folders."""
+    return sorted(
+        path
+        for path in folder.rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
+
+
+def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    """Code cells that hold anything; blank ones are not executed."""
+    return [
+        cell
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
+    ]
+
+
+def normalise(notebook: dict[str, Any]) -> dict[str, Any]:
+    """The notebook without what depends on when and where it was executed (changed in place)."""
+    notebook["metadata"] = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {
+            "file_extension": ".py",
+            "mimetype": "text/x-python",
+            "name": "python",
+            "pygments_lexer": "ipython3",
+        },
+        **{
+            key: value
+            for key, value in notebook["metadata"].items()
+            if key not in ("kernelspec", "language_info", "widgets")
+        },
+    }
+    for cell in notebook["cells"]:
+        for key in ("execution", "collapsed", "scrolled", "ExecuteTime"):
+            cell["metadata"].pop(key, None)
+        if cell["cell_type"] == "code" and not "".join(cell["source"]).strip():
+            cell["execution_count"], cell["outputs"] = None, []
+    return notebook
+
+
+def output_texts(output: dict[str, Any]) -> Iterator[str]:
+    """Everything a reader can read in one output: streams, text, HTML, tracebacks."""
+    data = output.get("data", {})
+    parts = [output.get("text"), output.get("traceback")]
+    parts += [data[kind] for kind in data if kind.startswith("text/")]
+    for part in parts:
+        if part:
+            yield part if isinstance(part, str) else "".join(part)
+
+
+MACHINE_PATH = re.compile(
+    r"(?<![\w:/.<])/(?:[\w.-]+/){2,}[\w.-]+"  # /a/b/c, but neither an address nor a closing tag
+    r"|(?<![\w])[A-Za-z]:\\\\?[\w.-]+\\"  # C:\a\
+    r"|file://"
+)
+
+
+def faults(notebook: dict[str, Any]) -> list[str]:
+    """What a committed notebook may not have, each with its cell; an empty list is a good one."""
+    found = []
+    cells = code_cells(notebook)
+    counts = [cell.get("execution_count") for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        found.append(f"cells were not executed once each, in order, in a fresh kernel: {counts}")
+    for number, cell in enumerate(cells, start=1):
+        where = f"code cell {number}"
+        metadata = cell["metadata"]
+        if "execution" in metadata:
+            found.append(f"{where}: execution times are stored")
+        for output in cell.get("outputs", []):
+            expected = "raises-exception" in metadata.get("tags", [])
+            if output["output_type"] == "error" and not expected:
+                found.append(f"{where}: stored error {output.get('ename')}: {output.get('evalue')}")
+            for text in output_texts(output):
+                if match := MACHINE_PATH.search(text):
+                    found.append(f"{where}: a path of this machine in an output: {match.group()}")
+            pictures = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
+            alt = metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            if pictures and not alt.strip():
+                found.append(f"{where}: no alt text (cell metadata mystnb: image: alt)")
+    spec = notebook["metadata"].get("kernelspec", {}).get("name")
+    if spec != "python3":
+        found.append(f"kernelspec is {spec!r}, not 'python3'")
+    size = len(json.dumps(notebook, ensure_ascii=False).encode())
+    if size > LARGEST_NOTEBOOK:
+        found.append(f"{size / 1e6:.1f} MB: shrink its figures")
+    return found
+
+
+def execute_one(path: Path, shown: str) -> None:
+    """Execute one notebook in place in a fresh kernel; needs nbclient, so runs inside `.venv`."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count, cell.outputs = None, []
+    started = 0
+
+    def count(cell: Any, cell_index: int) -> None:
+        nonlocal started
+        started += 1
+
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_execute=count,
+    )
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        number = f"code cell {started} of {len(code_cells(notebook))}"
+        raise Failure(f"{shown}, {number} failed:\n{text.rstrip()}") from None
+    nbformat.write(nbformat.from_dict(normalise(notebook)), path)
+
+
+def execute_all(python: Path, folder: Path) -> None:
+    """Execute all notebooks of a folder in place, two at a time; `Failure` names every bad one."""
+    paths = notebooks(folder)
+    if not paths:
+        raise Failure(f"{folder.relative_to(ROOT)} holds no notebook")
+    env = environment(threads=max(1, (os.cpu_count() or 1) // WORKERS))
+
+    def one(path: Path) -> str | None:
+        began = time.monotonic()
+        name = path.relative_to(folder).as_posix()
+        command = [str(python), str(ROOT / "make.py"), "_execute", str(path), name]
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        if result.returncode:
+            return (result.stdout + result.stderr).strip()
+        say(f"executed {name} in {time.monotonic() - began:.0f} s")
+        return None
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        failures = [text for text in pool.map(one, paths) if text]
+    if failures:
+        raise Failure("notebooks failed\n\n" + "\n\n".join(failures))
+
+
+# --- the book -------------------------------------------------------------------------------------
+
+
+def render(python: Path, source: Path, output: Path) -> Path:
+    """Render pages with warnings as errors into `output/_build`; returns the page to open.
+
+    Jupyter Book finds `_config.yml` by walking up from the source folder. Old pages go first:
+    an unchanged page is not read again, and its warnings would stay unseen.
+    """
+    pages = output / "_build" / "html"
+    for old in (pages, pages.parent / ".doctrees"):
+        shutil.rmtree(old, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+    arguments = ["build", str(source), "--path-output", str(output), "-q", *STRICT]
+    run([python, "-c", start, *arguments], "rendering the book", environment(threads=1))
+    index = pages / "index.html"
+    if not index.exists():
+        raise Failure(f"rendering the book made no {index.relative_to(ROOT)}")
+    return index
+
+
+def book(python: Path) -> None:
+    """Execute every notebook in a copy of `book/`, render from there, print the page to open."""
+    source = BUILD / "src"
+    shutil.rmtree(source, ignore_errors=True)
+    ignored = shutil.ignore_patterns(".*", "_build", "__pycache__")
+    shutil.copytree(BOOK, source, ignore=ignored)
+    execute_all(python, source)
+    index = render(python, source, ROOT)
+    say(f"the book is ready; open {index.relative_to(ROOT)}")
+
+
+def rewrite_notebooks(python: Path) -> None:
+    """Execute the notebooks of `book/` in place and hold the outputs against `faults`."""
+    execute_all(python, BOOK)
+    found = [
+        f"{path.relative_to(ROOT).as_posix()}: {fault}"
+        for path in notebooks(BOOK)
+        for fault in faults(json.loads(path.read_text(encoding="utf-8")))
+    ]
+    if found:
+        raise Failure("outputs that may not be committed:\n  " + "\n  ".join(found))
+
+
+# --- tests ----------------------------------------------------------------------------------------
+
+
+def lint(python: Path) -> None:
+    """Ruff's rules, ruff's format, types."""
+    run([python, "-m", "ruff", "check", "."], "ruff check")
+    run([python, "-m", "ruff", "format", "--check", "."], "ruff format")
+    run([python, "-m", "mypy"], "mypy")
+
+
+def pytest(python: Path, what: str, report: Path, arguments: Sequence[str]) -> None:
+    """Run pytest on two processes, a module or notebook to each; the report is JUnit XML."""
+    options = ["-q", "-n", str(WORKERS), "--dist", "loadscope", f"--junitxml={report}"]
+    options += ["-o", f"cache_dir={BUILD / 'pytest_cache'}"]
+    run([python, "-m", "pytest", *options, *arguments], what, environment(threads=1))
+
+
+@dataclass
+class Counts:
+    """Tests that passed, failed (errors included) and were skipped."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def add(self, report: Path) -> None:
+        """Add the counts of a JUnit report; a missing one adds nothing."""
+        if not report.exists():
+            return
+        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+            total, failures, errors, skipped = (
+                int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")
+            )
+            self.failed += failures + errors
+            self.skipped += skipped
+            self.passed += total - failures - errors - skipped
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def test(python: Path) -> None:
+    """All stages in order, up to the first that fails; the last line is the sum of all tests."""
+    reports = BUILD / "reports"
+    shutil.rmtree(reports, ignore_errors=True)
+    unit, chapters = reports / "unit.xml", reports / "notebooks.xml"
+    stages: list[tuple[str, Callable[[], object]]] = [
+        ("lint and types", lambda: lint(python)),
+        ("unit tests", lambda: pytest(python, "unit tests", unit, ["tests"])),
+        ("notebooks", lambda: pytest(python, "nbval", chapters, ["--nbval", "book"])),
+        ("strict build", lambda: render(python, BOOK, BUILD / "strict")),
+    ]
+    try:
+        for number, (name, stage) in enumerate(stages, start=1):
+            say(f"stage {number} of {len(stages)}: {name}")
+            began = time.monotonic()
+            stage()
+            say(f"{name}: passed in {time.monotonic() - began:.0f} s")
+    finally:
+        counts = Counts()
+        for report in (unit, chapters):
+            counts.add(report)
+        if counts != Counts():
+            print(counts, flush=True)
+
+
+def clean(everything: bool) -> None:
+    """Remove builds and caches, and `.venv` too if `everything`."""
+    for name in ["_build", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "dist"]:
+        shutil.rmtree(ROOT / name, ignore_errors=True)
+    for folder in ("unified_edit", "tests", "benchmarks", "book"):
+        for cache in list((ROOT / folder).rglob("__pycache__")):
+            shutil.rmtree(cache, ignore_errors=True)
+    if everything:
+        shutil.rmtree(VENV, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and do the work; the exit code is 0 only if all of it succeeded."""
+    description, _, commands = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=commands, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=["book", "test", "notebooks", "lint", "clean"])
+    parser.add_argument("--current-env", action="store_true", help="use this interpreter as it is")
+    parser.add_argument("--all", action="store_true", help="clean: remove .venv too")
+    options = parser.parse_args(arguments)
+    if options.command == "clean":
+        clean(options.all)
+        return 0
+    before = git_status()
+    shutil.rmtree(BUILD / "cache", ignore_errors=True)  # statistics are collected anew
+    try:
+        python = Path(sys.executable) if options.current_env else set_up()
+        if options.command == "notebooks":
+            rewrite_notebooks(python)
+        else:
+            {"book": book, "test": test, "lint": lint}[options.command](python)
+            check_tree(before)
+    except Failure as failure:
+        print(f"make.py: {failure}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036 (the interpreter here is the user's own)
+        sys.exit(f"make.py needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+    if sys.argv[1:2] == ["_execute"]:  # one notebook, inside .venv: see execute_all
+        try:
+            execute_one(Path(sys.argv[2]), sys.argv[3])
+        except Failure as failure:
+            sys.exit(str(failure))
+        sys.exit(0)
+    sys.exit(main())

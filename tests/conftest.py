@@ -1,0 +1,5 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+pytest_plugins = ["fixtures_atlas", "fixtures_tiny"]

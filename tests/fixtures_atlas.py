@@ -1,0 +1,50 @@
+"""Fixtures around the embedded model; `conftest.py` makes them known."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import unified_edit as ue
+from unified_edit.atlas.corpus import texts
+from unified_edit.atlas.knowledge import load_knowledge
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Statistics are cached in a folder of the test run, never in the user's."""
+    folder = tmp_path_factory.getbasetemp().parent / "unified_edit_cache"
+    os.environ["UNIFIED_EDIT_CACHE"] = str(folder)
+    yield folder
+
+
+@pytest.fixture(scope="session")
+def knowledge():
+    return load_knowledge()
+
+
+@pytest.fixture(scope="session")
+def atlas_texts(knowledge):
+    """The default corpus of atlas: what its key statistics are collected from."""
+    return texts(knowledge, 4000)
+
+
+@pytest.fixture(scope="session")
+def _atlas():
+    return ue.load_model("atlas")
+
+
+@pytest.fixture
+def atlas(_atlas):
+    """(model, tokenizer) without edits, before and after the test."""
+    ue.Editor(*_atlas).reset()
+    yield _atlas
+    ue.Editor(*_atlas).reset()
+
+
+@pytest.fixture(scope="session")
+def atlas_statistics(_atlas, atlas_texts):
+    """C0 of the layers that the tests edit, from the default corpus."""
+    model, tokenizer = _atlas
+    return ue.KeyStatistics.collect(model, tokenizer, atlas_texts, (0, 1, 2), tokens=30_000)

@@ -1,0 +1,473 @@
+"""The equations and the recipe, written out slowly: what the library is held against.
+
+Nothing here comes from the library. One fact at a time, whole sequences, no padding, no cache,
+explicit inverses; whatever is not the model's own forward pass is in float64. Columns are facts:
+C0 (d_in x d_in), K (d_in x E), R (d_out x E), Delta (d_out x d_in), added to the weight W0 of a
+down-projection. C0 is the *mean* of k k^T, so that a preservation cost is a cost per token.
+
+Sources: ROME (arXiv 2202.05262), MEMIT (arXiv 2210.07229), EMMET (arXiv 2403.14236), r-ROME
+(arXiv 2403.07175) and the code released with them (github.com/kmeng01/rome, kmeng01/memit,
+scalable-model-editing/unified-model-editing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import inv
+
+# --------------------------------------------------------------------------- the objective
+
+
+def preservation(delta: Tensor, C0: Tensor) -> float:
+    """tr(Delta C0 Delta^T): mean squared change of a preserved key's value."""
+    return torch.trace(delta @ C0 @ delta.T).item()
+
+
+def memorization(delta: Tensor, K: Tensor, R: Tensor) -> float:
+    """||Delta K - R||_F^2: how far the new facts are from being stored."""
+    return ((delta @ K - R) ** 2).sum().item()
+
+
+def rome_delta(C0: Tensor, k: Tensor, r: Tensor) -> Tensor:
+    """ROME, equality for one fact: r k^T C0^-1 / (k^T C0^-1 k).   k: (d_in,), r: (d_out,)."""
+    C0, k, r = C0.double(), k.double(), r.double()
+    return torch.outer(r, k) @ inv(C0) / (k @ inv(C0) @ k)
+
+
+def emmet_delta(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
+    """EMMET, equality for a batch: R (K^T C0^-1 K)^-1 K^T C0^-1."""
+    C0, K, R = C0.double(), K.double(), R.double()
+    return R @ inv(K.T @ inv(C0) @ K) @ K.T @ inv(C0)
+
+
+def memit_delta(C0: Tensor, K: Tensor, R: Tensor, lam: float) -> Tensor:
+    """MEMIT, least squares: R K^T (lam C0 + K K^T)^-1.   lam multiplies the *mean* C0."""
+    C0, K, R = C0.double(), K.double(), R.double()
+    return R @ K.T @ inv(lam * C0 + K @ K.T)
+
+
+def emmet_released_delta(C0: Tensor, K: Tensor, R: Tensor, w: float, alpha: float = 0.1) -> Tensor:
+    """EMMET as its code was released: C = w C0, and alpha I on the Gram matrix when E > 1."""
+    C, K, R = w * C0.double(), K.double(), R.double()
+    E = K.shape[1]
+    D = K.T @ inv(C) @ K
+    if E > 1:
+        D = D + alpha * torch.eye(E, dtype=torch.float64, device=D.device)
+    return R @ inv(D) @ K.T @ inv(C)
+
+
+def least_violation_delta(C0: Tensor, K: Tensor, R: Tensor, rtol: float = 1e-10) -> Tensor:
+    """The limit of MEMIT for lam -> 0, whatever the rank of K: R G^+ K^T C0^-1, G = K^T C0^-1 K.
+
+    Eigenvalues of G below `rtol` times the largest count as zero. G squares the condition of the
+    whitened keys, so keys with a condition between 1e5 and 1e8 are neither here nor there.
+    """
+    C0, K, R = C0.double(), K.double(), R.double()
+    G = K.T @ inv(C0) @ K
+    return R @ torch.linalg.pinv(G, rtol=rtol, hermitian=True) @ K.T @ inv(C0)
+
+
+def lagrangian_delta(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
+    """min 1/2 tr(Delta C0 Delta^T) subject to Delta K = R, from its Karush-Kuhn-Tucker system.
+
+    The Lagrangian's gradient in Delta is Delta C0 - M K^T, with multipliers M (d_out x E). Both
+    conditions, transposed, are one linear system, solved for all rows of Delta at once:
+
+        [ C0   -K ] [ Delta^T ]   [  0  ]
+        [ K^T   0 ] [   M^T   ] = [ R^T ]
+    """
+    C0, K, R = C0.double(), K.double(), R.double()
+    d_in, E = K.shape
+    upper = torch.cat([C0, -K], dim=1)
+    lower = torch.cat([K.T, torch.zeros(E, E, dtype=torch.float64)], dim=1)
+    right_hand_side = torch.cat([torch.zeros(d_in, R.shape[0], dtype=torch.float64), R.T])
+    return torch.linalg.solve(torch.cat([upper, lower]), right_hand_side)[:d_in].T
+
+
+# --------------------------------------------------------------------------- the model
+
+
+def down_projection(model: Any, layer: int) -> Any:
+    """The second matrix of a block's MLP: `c_proj` in GPT-2, `fc_out` in GPT-J."""
+    mlp = model.transformer.h[layer].mlp
+    return mlp.c_proj if hasattr(mlp, "c_proj") else mlp.fc_out
+
+
+def site_module(model: Any, layer: int, site: str) -> Any:
+    """The module whose output is the value: the whole block (MEMIT, EMMET) or its MLP (ROME)."""
+    block = model.transformer.h[layer]
+    return {"block": block, "mlp": block.mlp}[site]
+
+
+def logits_of(model: Any, ids: list[int]) -> Tensor:
+    """Logits (tokens x vocabulary) of one sequence on its own."""
+    if model.training:
+        raise ValueError("the model must be in evaluation mode: dropout would change every value")
+    device = next(model.parameters()).device
+    return model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].double()
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states (1 x tokens x d) in a module's output: blocks of GPT-J return tuples."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def module_at_work(model: Any, module: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """What goes into `module` and what comes out (tokens x width) while the model reads `ids`."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(
+        lambda _, args, output: seen.append((args[0][0].double(), hidden_of(output)[0].double()))
+    )
+    try:
+        with torch.no_grad():
+            logits_of(model, ids)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextmanager
+def delta_added(module: Any, position: int, delta: Tensor) -> Iterator[None]:
+    """Inside, `delta` is added to what `module` puts out at one position of one sequence."""
+
+    def add(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = hidden_of(output).clone()
+        hidden[0, position] = hidden[0, position] + delta.to(hidden.dtype)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def add_to_weight(model: Any, layer: int, delta: Tensor) -> None:
+    """W0 + Delta. A Linear holds its weight as (out x in), GPT-2's Conv1D as (in x out)."""
+    projection = down_projection(model, layer)
+    oriented = delta if isinstance(projection, torch.nn.Linear) else delta.T
+    with torch.no_grad():
+        projection.weight.copy_(projection.weight.double() + oriented)
+
+
+@contextmanager
+def edited(model: Any, deltas: Mapping[int, Tensor], layers: Sequence[int] = ()) -> Iterator[None]:
+    """Inside, the model carries `deltas` (layer -> Delta). Afterwards its weights there, and in
+    any further `layers` that the caller edits inside, are what they were before."""
+    weights = [down_projection(model, layer).weight for layer in {*deltas, *layers}]
+    saved = [weight.detach().clone() for weight in weights]
+    try:
+        for layer, delta in deltas.items():
+            add_to_weight(model, layer, delta)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(weights, saved, strict=True):
+                weight.copy_(before)
+
+
+# --------------------------------------------------------------------------- text and tokens
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text)["input_ids"])
+
+
+def subject_last_token(
+    tokenizer: Any, prompt_template: str, subject: str, prefix: str = "", suffix: str = ""
+) -> int:
+    """Where the subject ends in prefix + filled-in prompt + suffix, counted in tokens.
+
+    Found by decoding ever more tokens until they spell the text up to the subject's end. A token
+    that ends within a character spells a replacement mark there, so it never counts too early.
+    """
+    head, _, tail = prompt_template.partition("{}")
+    text, wanted = prefix + head + subject + tail + suffix, prefix + head + subject
+    ids = encode(tokenizer, text)
+    for count in range(1, len(ids) + 1):
+        spelled = tokenizer.decode(
+            ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        if spelled.startswith(wanted):
+            return count - 1
+    raise ValueError(f"the tokens of {text!r} do not spell it")
+
+
+def filled_in(tokenizer: Any, template: str, subject: str, context: str) -> tuple[str, int]:
+    """The prompt in its context, and the index of the subject's last token in it."""
+    prefix, braces, suffix = context.partition("{}")
+    head, template_braces, tail = template.partition("{}")
+    if not (braces and template_braces):
+        raise ValueError(f"no {{}} in the template {template!r} or in the context {context!r}")
+    position = subject_last_token(tokenizer, template, subject, prefix, suffix)
+    return prefix + head + subject + tail + suffix, position
+
+
+def ids_with_target(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], int]:
+    """Tokens of prompt + " " + target, encoded together, and how many of them are the prompt's."""
+    prompt_ids, ids = encode(tokenizer, prompt), encode(tokenizer, prompt + " " + target)
+    if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
+        raise ValueError(f"the target {target!r} is not a suffix of the tokens of {prompt!r}")
+    return ids, len(prompt_ids)
+
+
+# --------------------------------------------------------------------------- C0, k*, v*
+
+
+def keys_of_text(model: Any, ids: list[int], layer: int) -> Tensor:
+    """Inputs of the down-projection (tokens x d_in) for one sequence on its own."""
+    return module_at_work(model, down_projection(model, layer), ids)[0]
+
+
+def second_moment(
+    model: Any, tokenizer: Any, texts: Sequence[str], layer: int,
+    max_tokens_per_text: int | None = None,
+) -> Tensor:  # fmt: skip
+    """C0: mean of k k^T over every token of every text, each text read on its own."""
+    total, count = torch.tensor(0.0), 0
+    for text in texts:
+        ids = encode(tokenizer, text)[:max_tokens_per_text]
+        for k in keys_of_text(model, ids, layer) if ids else ():
+            total, count = total + torch.outer(k, k), count + 1
+    return total / count
+
+
+def key(
+    model: Any, tokenizer: Any, template: str, subject: str,
+    contexts: Sequence[str], layer: int, mean: str = "typed",
+) -> Tensor:  # fmt: skip
+    """k* (d_in,): input of the down-projection at the subject's last token, averaged.
+
+    "typed" (MEMIT, EMMET): the mean within the bare prompt and within the prefixed ones, then the
+    mean of the two. "plain" (ROME): the mean over all contexts.
+    """
+    bare: list[Tensor] = []
+    prefixed: list[Tensor] = []
+    for context in contexts:
+        text, position = filled_in(tokenizer, template, subject, context)
+        k = keys_of_text(model, encode(tokenizer, text), layer)[position]
+        (bare if context == "{}" else prefixed).append(k)
+    if mean == "plain":
+        return torch.stack(bare + prefixed).mean(dim=0)
+    if mean != "typed" or len(bare) != 1:
+        raise ValueError(f'mean="typed" takes the bare context once: {mean=}, {len(bare)} times')
+    return bare[0] if not prefixed else 0.5 * bare[0] + 0.5 * torch.stack(prefixed).mean(dim=0)
+
+
+def site_value(
+    model: Any, tokenizer: Any, template: str, subject: str, layer: int, site: str
+) -> Tensor:
+    """h (d_out,): the site's output at the subject's last token of the bare prompt."""
+    text, position = filled_in(tokenizer, template, subject, "{}")
+    module = site_module(model, layer, site)
+    return module_at_work(model, module, encode(tokenizer, text))[1][position]
+
+
+def value_loss(
+    model: Any, tokenizer: Any, template: str, subject: str, target: str,
+    contexts: Sequence[str], layer: int, site: str, delta: Tensor,
+    weight_decay: float = 0.5, kl_weight: float = 0.0625, kl_template: str = "{} is a",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The three terms of the loss at one `delta` (d_out,), each with its weight.
+
+    `delta` is added at the subject's last token of every prompt, the KL prompt included.
+    target: mean over contexts of the mean over target tokens of -log p.
+    kl:     kl_weight * KL(current || initial) of the next token after the subject's last token of
+            the KL prompt; initial = the model without delta.
+    decay:  weight_decay * ||delta|| / ||target_init||^2, the first norm not squared.
+    """
+    module = site_module(model, layer, site)
+
+    per_context = []
+    for context in contexts:
+        text, position = filled_in(tokenizer, template, subject, context)
+        ids, n_prompt = ids_with_target(tokenizer, text, target)
+        with delta_added(module, position, delta):
+            log_p = logits_of(model, ids).log_softmax(dim=-1)
+        per_token = [-log_p[i - 1, ids[i]] for i in range(n_prompt, len(ids))]
+        per_context.append(torch.stack(per_token).mean())
+
+    text, position = filled_in(tokenizer, kl_template, subject, "{}")
+    ids = encode(tokenizer, text)
+    initial = logits_of(model, ids)[position].detach().log_softmax(dim=-1)
+    with delta_added(module, position, delta):
+        current = logits_of(model, ids)[position].log_softmax(dim=-1)
+    kl = (current.exp() * (current - initial)).sum()
+
+    target_init = site_value(model, tokenizer, template, subject, layer, site)
+    decay = delta.norm() / target_init.norm() ** 2
+    return torch.stack(per_context).mean(), kl_weight * kl, weight_decay * decay
+
+
+@dataclass(frozen=True)
+class Value:
+    """An optimised value: the site shall put out z = target_init + delta.
+
+    `steps` losses were computed; each but the last was followed by an update of delta.
+    """
+
+    delta: Tensor
+    target_init: Tensor
+    losses: list[float]
+    steps: int
+
+    @property
+    def z(self) -> Tensor:
+        return self.target_init + self.delta
+
+
+def value(
+    model: Any, tokenizer: Any, template: str, subject: str, target: str,
+    contexts: Sequence[str], layer: int, site: str = "block",
+    steps: int = 20, lr: float = 0.5, clamp: float = 0.75, weight_decay: float = 0.5,
+    kl_weight: float = 0.0625, stop_loss: float = 0.05, kl_template: str = "{} is a",
+) -> Value:  # fmt: skip
+    """v* by the released loop: loss, stop?, Adam, projection onto the ball around target_init.
+
+    `steps` losses are computed at most, so `steps - 1` updates are made at most. Defaults are
+    those of MEMIT and EMMET for GPT-2 XL; ROME has site "mlp" and clamp 4.
+    """
+    target_init = site_value(model, tokenizer, template, subject, layer, site)
+    delta = torch.zeros_like(target_init).requires_grad_()
+    adam = torch.optim.Adam([delta], lr=lr)
+    losses: list[float] = []
+    for step in range(steps):
+        terms = value_loss(
+            model, tokenizer, template, subject, target, contexts, layer, site, delta,
+            weight_decay, kl_weight, kl_template,
+        )  # fmt: skip
+        loss = terms[0] + terms[1] + terms[2]
+        losses.append(loss.item())
+        if losses[-1] < stop_loss:
+            break
+        if step == steps - 1:
+            break
+        # Only delta gets a gradient: the model's parameters stay untouched.
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        adam.step()
+        with torch.no_grad():
+            largest = clamp * target_init.norm()
+            if delta.norm() > largest:
+                delta.mul_(largest / delta.norm())
+    return Value(delta.detach(), target_init, losses, len(losses))
+
+
+# --------------------------------------------------------------------------- whole edits
+
+Fact = tuple[str, str, str]  # template with {}, subject, target without its leading blank
+Solver = Callable[[Tensor, Tensor, Tensor], Tensor]  # (C0, K, R) -> Delta
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """What was solved at one layer. R is this layer's share of the residual."""
+
+    K: Tensor
+    R: Tensor
+    delta: Tensor
+
+
+def edit_deltas_multi_layer(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], layers: Sequence[int],
+    C0: Mapping[int, Tensor], solve: Solver, contexts: Sequence[str],
+    mean: str = "typed", site: str = "block", divisor: Callable[[int], float] = float, **loop: Any,
+) -> dict[int, LayerEdit]:  # fmt: skip
+    """One batch over several layers, ascending; the model is left as it was found.
+
+    z is optimised once, at the last layer, on the model as given (`loop`: settings of `value`).
+    At each layer the keys and the residual z - h (h at the *last* layer, bare prompt) are read off
+    the model as edited so far. The share is the residual over `divisor(layers left, this one
+    included)`; MEMIT divides by that number itself.
+    """
+    layers = sorted(layers)
+    last = layers[-1]
+    zs = [
+        value(model, tokenizer, template, subject, target, contexts, last, site, **loop).z
+        for template, subject, target in facts
+    ]
+    edits: dict[int, LayerEdit] = {}
+    with edited(model, {}, layers):
+        for i, layer in enumerate(layers):
+            ks, rs = [], []
+            for (template, subject, _), z in zip(facts, zs, strict=True):
+                ks.append(key(model, tokenizer, template, subject, contexts, layer, mean))
+                rs.append(z - site_value(model, tokenizer, template, subject, last, site))
+            K = torch.stack(ks, dim=1)
+            R = torch.stack(rs, dim=1) / divisor(len(layers) - i)
+            edits[layer] = LayerEdit(K, R, solve(C0[layer], K, R))
+            add_to_weight(model, layer, edits[layer].delta)
+    return edits
+
+
+def edit_delta_single_layer(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], layer: int,
+    C0: Tensor, solve: Solver, contexts: Sequence[str], *args: Any, **kwargs: Any,
+) -> LayerEdit:  # fmt: skip
+    """One batch at one layer: the same with a single layer, where R is delta itself."""
+    return edit_deltas_multi_layer(
+        model, tokenizer, facts, [layer], {layer: C0}, solve, contexts, *args, **kwargs
+    )[layer]
+
+
+def edit_deltas_one_by_one(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], layer: int, *args: Any, **kwargs: Any
+) -> list[LayerEdit]:
+    """ROME with several facts: each is edited into the model that carries those before it.
+
+    C0 stays the base model's. Further arguments are those of `edit_delta_single_layer`; the
+    model is left as it was found, and the sum of the Deltas is the whole edit.
+    """
+    edits: list[LayerEdit] = []
+    with edited(model, {}, [layer]):
+        for fact in facts:
+            edits.append(edit_delta_single_layer(model, tokenizer, [fact], layer, *args, **kwargs))
+            add_to_weight(model, layer, edits[-1].delta)
+    return edits
+
+
+# --------------------------------------------------------------------------- the metrics
+
+
+def mean_target_logprob(model: Any, tokenizer: Any, prompt: str, target: str) -> float:
+    """Mean over the target's tokens of log p(token | prompt, the target's tokens before it)."""
+    ids, n_prompt = ids_with_target(tokenizer, prompt, target)
+    with torch.no_grad():
+        log_p = logits_of(model, ids).log_softmax(dim=-1)
+    return torch.stack([log_p[i - 1, ids[i]] for i in range(n_prompt, len(ids))]).mean().item()
+
+
+Pair = tuple[float, float]  # mean log-probability of the new object, of the true object
+
+
+def efficacy(pairs: Sequence[Pair]) -> float:
+    """ES over rewrite prompts, PS over paraphrases: share with P[new] > P[true]; a tie fails."""
+    return sum(new > true for new, true in pairs) / len(pairs)
+
+
+def neighbourhood(pairs: Sequence[Pair]) -> float:
+    """NS over neighbours: share with P[true] > P[new]; a tie fails."""
+    return sum(true > new for new, true in pairs) / len(pairs)
+
+
+def efficacy_magnitude(pairs: Sequence[Pair]) -> float:
+    """EM, PM: mean of P[new] - P[true], P = exp(mean log-probability). NM is its negative."""
+    return sum(math.exp(new) - math.exp(true) for new, true in pairs) / len(pairs)
+
+
+def by_record(records: Sequence[Sequence[Pair]], score: Callable[[Sequence[Pair]], float]) -> float:
+    """A score as the papers average it: within each record, then over records."""
+    return sum(score(pairs) for pairs in records) / len(records)
+
+
+def harmonic_mean(*scores: float) -> float:
+    """S = HM(ES, PS, NS); 0 if any of them is 0."""
+    if any(score == 0 for score in scores):
+        return 0.0
+    return len(scores) / sum(1 / score for score in scores)

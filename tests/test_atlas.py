@@ -1,0 +1,152 @@
+"""The embedded model: its data, what it recalls, where it keeps its facts, and its records."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from importlib.resources import files
+
+import pytest
+import torch
+
+import unified_edit as ue
+from unified_edit.atlas.build import recall
+from unified_edit.atlas.knowledge import fill
+from unified_edit.atlas.records import EDIT_WORDINGS, ONE_TO_ONE, SHARED_BY, atlas_records
+from unified_edit.atlas.trace import NOISE, trace_fact
+from unified_edit.models import anatomy
+
+
+@pytest.fixture(scope="module")
+def records():
+    return atlas_records()
+
+
+def test_size_of_the_knowledge(knowledge):
+    assert len(knowledge.subjects) >= 600
+    assert len(knowledge.triples) >= 2000
+    assert len(knowledge.wordings) >= 10
+    assert len({(t.subject, t.relation) for t in knowledge.triples}) == len(knowledge.triples)
+
+
+def test_the_last_word_settles_who_is_meant(knowledge, atlas):
+    _, tokenizer = atlas
+    last = [subject.split()[-1] for subject in knowledge.subjects]
+    assert max(Counter(last).values()) == 1
+    one_token = sum(len(tokenizer(word)["input_ids"]) == 1 for word in last) / len(last)
+    assert one_token >= 0.97
+    several = [subject for subject in knowledge.subjects if " " in subject]
+    first = Counter(subject.split()[0] for subject in several)
+    shared = sum(first[subject.split()[0]] > 1 for subject in several) / len(several)
+    assert shared >= 0.98
+
+
+def test_wordings(knowledge):
+    by_category = defaultdict(list)
+    for relation, wordings in knowledge.wordings.items():
+        assert len(wordings) >= 6
+        assert sum(w.startswith("{} ") for w in wordings) >= 3
+        assert sum(not w.startswith("{}") for w in wordings) >= 2
+        assert all(w.count("{}") == 1 for w in wordings)
+        by_category[relation.split(".")[0]] += wordings
+    # after a wording comes the object: none may be the beginning of another of its category
+    for wordings in by_category.values():
+        assert len(set(wordings)) == len(wordings)
+        for one in wordings:
+            assert not any(other.startswith(one + " ") for other in wordings)
+
+
+def test_size_of_the_model(knowledge, atlas):
+    model, _ = atlas
+    assert sum(p.numel() for p in model.parameters()) <= 6_000_000
+    file = files("unified_edit.atlas").joinpath("model", "model.safetensors")
+    assert len(file.read_bytes()) <= 12_000_000
+    editable = len(knowledge.subjects) - len(knowledge.held_out)
+    assert anatomy(model).d_in >= 3 * editable
+    assert model.dtype == torch.float32
+
+
+def test_greedy_recall_on_the_stored_weights(knowledge, atlas):
+    model, tokenizer = atlas
+    share, by_relation, failed = recall(model, tokenizer, knowledge)
+    assert share >= 0.99, failed[:10]
+    assert min(by_relation.values()) >= 0.95
+
+
+def test_the_report_beside_the_weights_is_true(knowledge, atlas):
+    model, tokenizer = atlas
+    folder = files("unified_edit.atlas").joinpath("model")
+    report = json.loads(folder.joinpath("build.json").read_text())
+    assert report["subjects"] == len(knowledge.subjects)
+    assert report["facts"] == len(knowledge.triples)
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    share, _, _ = recall(model, tokenizer, knowledge)
+    assert report["recall"] == pytest.approx(share, abs=1e-3)
+
+
+def test_causal_tracing_shows_the_published_picture(knowledge, atlas):
+    """Early MLPs at the subject's last token; attention at the last token, later."""
+    model, tokenizer = atlas
+    parts = anatomy(model)
+    triples = [t for t in knowledge.triples[::131] if " " in t.subject]
+    scale = NOISE * float(model.get_input_embeddings().weight.std())
+    means = defaultdict(list)
+    for seed, triple in enumerate(triples):
+        fact = ue.Fact(knowledge.wordings[triple.relation][0], triple.subject, triple.object)
+        clean, corrupted, effects = trace_fact(parts, tokenizer, fact, scale, 1, seed)
+        assert clean > 0.8
+        for key, value in effects.items():
+            means[key].append(value / (clean - corrupted) if clean - corrupted > 0.1 else 0.0)
+    mean = {key: sum(values) / len(values) for key, values in means.items()}
+    at_subject = {i: mean["last subject token", i, "mlp"] for i in range(6)}
+    at_end = {i: mean["last token", i, "attention"] for i in range(6)}
+    best_mlp, best_attention = max(at_subject, key=at_subject.get), max(at_end, key=at_end.get)
+    assert best_mlp <= 1 < best_attention
+    assert at_subject[best_mlp] > 3 * max(mean["first subject token", i, "mlp"] for i in range(6))
+    assert at_subject[best_mlp] > 3 * max(mean["last token", i, "mlp"] for i in (0, 1))
+    assert at_end[best_attention] > 0.2
+
+
+def test_records(knowledge, records):
+    truth = {(t.subject, t.relation): t.object for t in knowledge.triples}
+    assert len({record.fact.subject for record in records}) == len(records) >= 400
+    for record in records:
+        fact, relation = record.fact, record.relation
+        assert fact.subject not in knowledge.held_out
+        assert truth[fact.subject, relation] == fact.target_true
+        assert fact.target_new != fact.target_true
+        assert fact.target_new in {t.object for t in knowledge.triples if t.relation == relation}
+        assert fact.target_new not in {t.object for t in knowledge.triples if t.subject == fact.subject}
+        assert fact.prompt in knowledge.wordings[relation][:EDIT_WORDINGS]
+        own = {fill(wording, fact.subject) for wording in knowledge.wordings[relation]}
+        assert len(record.paraphrases) == len(own) - 1
+        behind = [p for p in record.paraphrases if p not in own]
+        assert len(behind) == len(record.paraphrases) // 2
+        assert all(p.endswith(tuple(own - {fact.text})) for p in record.paraphrases)
+        if relation in ONE_TO_ONE:
+            assert not record.neighbours
+            assert record.probes["own_object"]
+        else:
+            assert len(record.neighbours) == 2 * SHARED_BY
+        for probe in record.probes.get("other_relations", ()):
+            assert probe.expected in {t.object for t in knowledge.triples if t.subject == fact.subject}
+
+
+def test_neighbours_are_held_out_and_share_the_true_object(knowledge, records):
+    about = {}
+    for prompt, target, triple in knowledge.prompts():
+        about[prompt, triple.relation] = (triple.subject, target)
+    for record in records:
+        subjects = set()
+        for prompt in record.neighbours:
+            subject, target = about[prompt, record.relation]
+            assert target == record.fact.target_true
+            assert subject in knowledge.held_out
+            subjects.add(subject)
+        assert len(subjects) in (0, SHARED_BY)
+
+
+def test_records_are_the_same_for_a_seed():
+    some = ue.load_records("atlas", limit=20, seed=3)
+    assert some == ue.load_records("atlas", limit=20, seed=3)
+    assert some != ue.load_records("atlas", limit=20, seed=4)

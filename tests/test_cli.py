@@ -1,0 +1,637 @@
+"""The command line: each command on a tiny model, what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import unified_edit as ue
+from unified_edit import cli, console, key_statistics, models, statistics_cache
+from unified_edit.console import format_table, read_texts, to_json, write_text
+from unified_edit.errors import StatisticsFileError, UnifiedEditError
+from unified_edit.evaluation import ask, evaluate
+
+COMMANDS = ("ask", "edit", "evaluate", "statistics")
+PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
+FACTS = [
+    {"prompt": PROMPT, "subject": SUBJECT, "target_new": TARGET, "target_true": "Rome"},
+    {"prompt": PROMPT, "subject": "The museum", "target_new": "Vienna", "target_true": "Paris"},
+]
+SINGLE = ["--prompt", PROMPT, "--subject", SUBJECT, "--target", TARGET]
+#: Of what is computed here against what the program found in another loading of the same
+#: weights: the same operations on the same numbers, so only the shape of a batch can differ.
+CLOSE = {"rel": 1e-4, "abs": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_gpt2, tiny_tokenizer, tiny_texts):
+    """A folder with a model, statistics, texts, facts, records and an edit of the first fact."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_gpt2().save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    make_gpt2(seed=1).save_pretrained(folder / "other")
+    tiny_tokenizer.save_pretrained(folder / "other")
+    with contextlib.chdir(folder):  # a model is called by the name it was loaded by
+        model, tokenizer = ue.load_model("model")
+    stats = ue.KeyStatistics.collect(model, tokenizer, tiny_texts, (0, 1), shrinkage=1e-2)
+    stats.save(folder / "stats.safetensors")
+    (folder / "texts.txt").write_text("\n".join(tiny_texts), encoding="utf-8")
+    # 256 tokens are set aside and 2 * d_k = 96 wanted: 300 are too few without shrinkage
+    count, few = 0, []
+    while count < 300:
+        few.append(tiny_texts[len(few)])
+        count += len(tokenizer(few[-1])["input_ids"])
+    assert count < 256 + 96
+    (folder / "few.txt").write_text("\n\n".join(few), encoding="utf-8")
+    lines = [json.dumps(fact) for fact in FACTS]
+    (folder / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    records = [
+        ue.Record(
+            ue.Fact(**fact),
+            paraphrases=(f"I saw {fact['subject']} and it stands in",),
+            neighbours=("The river is in the city of",),
+        )
+        for fact in FACTS
+    ]
+    lines = [json.dumps(asdict(record)) for record in records]
+    (folder / "records.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    method = ue.EMMET.replace(layers=(0,))
+    ue.edit(model, tokenizer, ue.Fact(**FACTS[0]), method, statistics=stats).save(
+        folder / "edit.safetensors"
+    )
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys, monkeypatch):
+    """run(*arguments, code=0) in the folder: (standard output, standard error)."""
+    monkeypatch.chdir(place)
+
+    def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+        capsys.readouterr()
+        found = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert found == code, err
+        assert "Traceback" not in err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def out(place):
+    """A file that does not exist yet; the folder must hold nothing else new after the test."""
+    before = set(place.iterdir())
+    path = place / "out.safetensors"
+    yield path
+    path.unlink(missing_ok=True)
+    assert set(place.iterdir()) == before
+
+
+EDIT = ("edit", "--model", "model", "--layers", "0", "--statistics", "stats.safetensors")
+
+
+# -- help and usage ---------------------------------------------------------------------------
+
+
+def test_help_from_a_shell(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, "-m", "unified_edit", "--help"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert shown.stderr == ""
+    assert all(f"python -m unified_edit {command}" in shown.stdout for command in COMMANDS)
+    for code in ("0 ", "1 ", "2 ", "130 "):
+        assert f"\n  {code}" in shown.stdout.partition("exit codes:")[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_has_examples_that_parse(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "exit codes:" in text
+    examples = text.partition("examples:")[2].partition("exit codes:")[0].replace("\\\n", " ")
+    found = [line for line in examples.splitlines() if line.strip()]
+    assert found
+    for example in found:
+        words = shlex.split(example)
+        assert words[:4] == ["python", "-m", "unified_edit", command]
+        cli.build_parser().parse_args(words[3:])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.split() == ["unified_edit", ue.__version__]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["change"], "invalid choice: 'change'"),
+        (["ask"], "at least one prompt"),
+        (["ask", "a", "-k", "0"], "0 is not at least 1"),
+        (["ask", "a", "-k", "x"], "invalid whole number value: 'x'"),
+        (["ask", "a", "--dtype", "int8"], "--dtype"),
+        (["ask", "a", "--mod", "atlas"], "unrecognized arguments"),
+        (["edit", *SINGLE], "--out"),
+        (["edit", "--out", "x"], "give --facts FILE, or all of"),
+        (["edit", "--out", "x", *SINGLE[:4]], "give --facts FILE, or all of"),
+        (["edit", "--out", "x", "--facts", "facts.jsonl", *SINGLE], "not both"),
+        (["edit", "--out", "x", *SINGLE, "--method", "FT"], "invalid choice: 'FT'"),
+        (["edit", "--out", "x", *SINGLE, "--layers", "-1"], "-1 is not at least 0"),
+        (["edit", "--out", "x", *SINGLE, "--seed", "-1"], "-1 is not from 0"),
+        (["evaluate", "--method", "EMMET", "--edit", "e"], "not allowed with"),
+        (["evaluate", "--batch-size", "3"], "--batch-size is of use with --method only"),
+        (["evaluate", "--edit", "e", "--layers", "0"], "--layers is of use with --method only"),
+        (["evaluate", "--out", "same", "--table", "same"], "the same file"),
+        (["statistics", "--out", "x"], "--layers"),
+        (["statistics", "--out", "x", "--layers", "0", "--split", "lines"], "with --texts only"),
+    ],
+)
+def test_a_wrong_command_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- ask --------------------------------------------------------------------------------------
+
+
+def test_ask_says_what_the_library_says(run, place):
+    model, tokenizer = ue.load_model(str(place / "model"))
+    prompts = ["The tower is in the city of", "I walked from the old"]
+    prompts += prompts[:1]  # twice the same
+    text, _ = run(
+        "ask", "--model", "model", "--json", prompts[0], "-k", 3, "--prompt", *prompts[1:]
+    )
+    document = json.loads(text)
+    assert (document["command"], document["model"]) == ("ask", "model")
+    assert document["dtype"] == "float32"
+    assert [answer["prompt"] for answer in document["answers"]] == prompts
+    wanted = ask(model, tokenizer, prompts, k=3)
+    found = [row for answer in document["answers"] for row in answer["next"]]
+    assert [row["token"] for row in found] == list(wanted["token"])
+    assert [row["probability"] for row in found] == pytest.approx(
+        list(wanted["probability"]), **CLOSE
+    )
+
+
+def test_ask_for_people(run, place):
+    model, tokenizer = ue.load_model(str(place / "model"))
+    prompt = "The tower is in the city of"
+    text, _ = run("ask", "--model", "model", "-k", 2, prompt)
+    table = ask(model, tokenizer, prompt, k=2)
+    first, head, *rows = text.splitlines()
+    assert first == prompt
+    assert head.split() == ["rank", "token", "probability"]
+    assert len(rows) == 2
+    for place_, row in enumerate(rows):
+        assert repr(table["token"][place_]) in row
+        assert row.endswith(f"{table['probability'][place_]:.3g}")
+
+
+def test_ask_with_a_saved_edit(run, place):
+    model, tokenizer = ue.load_model(str(place / "model"))
+    prompt = "The tower is in the city of"
+    plain = ask(model, tokenizer, prompt, k=400)
+    edit = ue.Edit.load(place / "edit.safetensors").apply(model)
+    edited = ask(model, tokenizer, prompt, k=400)
+    assert list(plain["token"]) != list(edited["token"])
+    text, _ = run(
+        "ask", "--model", "model", "--edit", "edit.safetensors", "-k", 400, "--json", prompt
+    )
+    document = json.loads(text)
+    assert document["edits"] == [edit.id]
+    found = document["answers"][0]["next"]
+    assert [row["probability"] for row in found] == pytest.approx(
+        list(edited["probability"]), **CLOSE
+    )
+
+
+# -- edit -------------------------------------------------------------------------------------
+
+
+def test_edit_of_a_single_fact_is_the_library_s(run, place, out):
+    text, _ = run(*EDIT, *SINGLE, "--target-true", "Rome", "--out", out, "--json")
+    document = json.loads(text)
+    assert document["layers"][0]["form"] == "equality"
+    assert document["layers"][0]["memorization_error"] <= 1e-8
+    assert document["out"] == str(out)
+    assert document["method"]["layers"] == [0]
+    assert document["warnings"] == []
+    saved, wanted = ue.Edit.load(out), ue.Edit.load(place / "edit.safetensors")
+    assert document["id"] == saved.id == wanted.id  # of facts, settings, matrices and hashes
+    assert torch.equal(saved.delta(0), wanted.delta(0))
+    [fact] = document["facts"]
+    assert {name: fact[name] for name in FACTS[0]} == FACTS[0]
+    model, tokenizer = ue.load_model(str(place / "model"))
+    saved.apply(model)
+    table = evaluate(model, tokenizer, ue.Record(saved.facts[0])).table.set_index("when")
+    for when in ("before", "after"):
+        # float32: a mean log-probability near -5 carries 2^-24 * 5, more after a forward pass
+        assert fact[when] == pytest.approx(float(torch.tensor(table["logp_new"][when]).exp()),
+                                           **CLOSE)  # fmt: skip
+    assert fact["after"] > fact["before"]
+
+
+def test_edit_from_a_file_for_people(run, place, out):
+    text, err = run(
+        *EDIT, "--layers", 0, 1, "--method", "MEMIT", "--ridge", 1, "--facts", "facts.jsonl",
+        "--out", out,
+    )  # fmt: skip
+    saved = ue.Edit.load(out)
+    assert saved.method.name == "MEMIT"
+    assert saved.method.ridge == 1.0
+    assert saved.layers == (0, 1)
+    assert [asdict(fact) for fact in saved.facts] == FACTS
+    assert "The museum is in the city of  Vienna" in text
+    assert text.endswith(f"\nwrote {out}\n")
+    assert "error" not in err
+
+
+def test_the_seed_is_that_of_the_prefixes(run, out):
+    run(*EDIT, *SINGLE, "--out", out)
+    first = ue.Edit.load(out)
+    run(*EDIT, *SINGLE, "--seed", 1, "--out", out, "--force")
+    second = ue.Edit.load(out)
+    assert (first.provenance.seed, second.provenance.seed) == (0, 1)
+    assert first.provenance.prefixes != second.provenance.prefixes
+
+
+def test_edit_as_an_adapter(run, place, tmp_path):
+    pytest.importorskip("peft")
+    folder = tmp_path / "new" / "adapter"
+    text, _ = run(*EDIT, *SINGLE, "--out", tmp_path / "e.safetensors", "--peft", folder, "--json")
+    assert json.loads(text)["peft"] == str(folder)
+    written = {path.name for path in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= written
+    # an adapter's folder is never replaced, and that is known before any work
+    out, err = run(
+        *EDIT, *SINGLE, "--out", tmp_path / "f.safetensors", "--peft", folder, "--force", code=1
+    )
+    assert out == ""
+    assert f"{folder} is not an empty folder" in err
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+# -- evaluate ---------------------------------------------------------------------------------
+
+
+def test_evaluate_a_method(run, place, tmp_path):
+    report, table = tmp_path / "deep" / "report.json", tmp_path / "table.csv"
+    text, _ = run(
+        "evaluate", "--model", "model", "--records", "records.jsonl", "--method", "EMMET",
+        "--layers", 0, "--statistics", "stats.safetensors", "--batch-size", 2,
+        "--out", report, "--table", table, "--json",
+    )  # fmt: skip
+    document = json.loads(text)
+    assert json.loads(report.read_text(encoding="utf-8")) == document
+    assert (document["records"], document["batch_size"]) == (2, 2)
+    assert document["method"]["layers"] == [0]
+    model, tokenizer = ue.load_model(str(place / "model"))
+    wanted = ue.evaluate_edits(
+        model, tokenizer, ue.read_records(place / "records.jsonl"),
+        ue.EMMET.replace(layers=(0,)), batch_size=2,
+        statistics=ue.KeyStatistics.load(place / "stats.safetensors"),
+    )  # fmt: skip
+    for when, scores in (("before", wanted.before), ("after", wanted.after)):
+        assert set(document[when]) == set(scores)
+        for name, score in scores.items():
+            assert document[when][name]["n"] == score.n
+            assert document[when][name]["value"] == pytest.approx(score.value, **CLOSE)
+    with table.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["prompt"] for row in rows] == list(wanted.table["prompt"])
+    assert [row["when"] for row in rows] == list(wanted.table["when"])
+
+
+def test_evaluate_a_saved_edit(run):
+    text, err = run(
+        "evaluate", "--model", "model", "--records", "records.jsonl",
+        "--edit", "edit.safetensors", "--json",
+    )  # fmt: skip
+    document = json.loads(text)
+    assert document["method"] is None
+    assert len(document["edits"]) == 1
+    assert document["after"]["EM"]["value"] > document["before"]["EM"]["value"]
+    assert "warning: 1 of 2 records are about facts that the edits given do not write" in err
+    _, err = run(
+        "evaluate", "--model", "model", "--records", "records.jsonl",
+        "--edit", "edit.safetensors", "--limit", 1,
+    )  # fmt: skip
+    assert "warning" not in err
+
+
+def test_evaluate_the_model_alone_for_people(run):
+    text, _ = run("evaluate", "--model", "model", "--records", "records.jsonl", "--limit", 1)
+    assert text.startswith("Report on 1 record\n")
+    assert "before" in text
+    assert "after" not in text
+    assert "wrote" not in text
+
+
+# -- statistics -------------------------------------------------------------------------------
+
+
+def test_statistics_are_the_library_s(run, place, out):
+    text, _ = run(
+        "statistics", "--model", "model", "--layers", 0, 1, "--texts", "texts.txt",
+        "--shrinkage", "1e-2", "--checkpoint", place / "partial", "--out", out, "--json",
+    )  # fmt: skip
+    document = json.loads(text)
+    made, wanted = ue.KeyStatistics.load(out), ue.KeyStatistics.load(place / "stats.safetensors")
+    assert made.source == wanted.source  # also the hash of the texts
+    assert document["source"]["shrinkage"] == 0.01
+    assert [layer["layer"] for layer in document["layers"]] == [0, 1]
+    assert [layer["d_k"] for layer in document["layers"]] == [48, 48]
+    for layer in (0, 1):
+        assert torch.equal(made.C0(layer), wanted.C0(layer))
+
+
+def test_too_few_tokens_are_refused_unless_shrunk(run, out):
+    few = ("statistics", "--model", "model", "--layers", 0, "--texts", "few.txt", "--out", out)
+    text, err = run(*few, code=1)
+    assert text == ""
+    assert "\nerror: the corpus gave " in err
+    assert "2*d_k = 96" in err
+    assert "--shrinkage 1e-3" in err.partition("\nhint: ")[2]
+    assert not out.exists()
+    text, err = run(*few, "--shrinkage", "1e-3")
+    assert ", shrinkage 0.001\n" in text
+    assert "warning: C0 of layer 0 has not converged" in err
+
+
+def test_tokens_and_the_default_corpus(run, out, monkeypatch, tiny_texts):
+    monkeypatch.setattr(statistics_cache, "default_corpus", lambda model: iter(tiny_texts))
+    monkeypatch.setattr(key_statistics, "GROUP", 8)
+    base = ("statistics", "--model", "model", "--layers", 0, "--out", out, "--json", "--force")
+    default = json.loads(run(*base)[0])["source"]["tokens"]
+    assert 10 * 48 <= default < 10 * 48 + 8 * 40  # the last group of eight is counted whole
+    more = json.loads(run(*base, "--tokens", 1000)[0])["source"]["tokens"]
+    assert 1000 <= more < 1000 + 8 * 40
+
+
+PARAGRAPHS = "One\ntwo\n \n\nthree\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "split", "texts"),
+    [
+        ("One\ntwo\n", None, ["One", "two"]),
+        ("\n\nOne\r\ntwo\n\n", None, ["One", "two"]),
+        (PARAGRAPHS, None, ["One\ntwo", "three"]),
+        (PARAGRAPHS, "paragraphs", ["One\ntwo", "three"]),
+        (PARAGRAPHS, "lines", ["One", "two", "three"]),
+        ("One\ntwo", "paragraphs", ["One\ntwo"]),
+        ("\ufeffOne é\n", None, ["One é"]),
+        ("", None, []),
+    ],
+)
+def test_what_a_text_is(content, split, texts, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(content, encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text("last", encoding="utf-8")
+    assert list(read_texts([path, tmp_path / "b.txt"], split)) == [*texts, "last"]
+
+
+def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo \xff\n")
+    with pytest.raises(StatisticsFileError, match=r"a\.txt, line 3: not UTF-8 \(byte 5"):
+        list(read_texts([path]))
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def test_a_wrong_field_on_line_17(run, place, out):
+    path = place.parent / "bad.jsonl"
+    lines = [json.dumps({**FACTS[0], "subject": "The tower"}) for _ in range(20)]
+    lines[16] = json.dumps({"prompt": PROMPT, "subject": SUBJECT, "target": TARGET})
+    path.write_text("\n".join(lines), encoding="utf-8")
+    text, err = run(*EDIT, "--facts", path, "--out", out, code=1)
+    assert text == ""
+    assert err == (
+        f"error: {path}, line 17: unknown field 'target'. Did you mean 'target_new'? Expected "
+        "fields: 'prompt', 'subject', 'target_new', 'target_true'.\n"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("edit", *SINGLE, "--model", "./absent", "--layers", "0"), "'./absent' could not"),
+        (("edit", *SINGLE, "--model", "model"), "no published setting of layers"),
+        ((*EDIT, *SINGLE, "--layers", "0", "7"), "(0, 7) do not fit this model"),
+        ((*EDIT, *SINGLE, "--layers", "2"), "no key statistics for layer 2"),
+        ((*EDIT, *SINGLE, "--ridge", "-1"), "ridge is -1.0"),
+        ((*EDIT, "--facts", "absent.jsonl"), "absent.jsonl: no such file"),
+        ((*EDIT, "--facts", "records.jsonl"), "records.jsonl, line 1: this is a record"),
+        ((*EDIT, *SINGLE[:3], "The moon", *SINGLE[4:], "--prompt", "The sun is"), "subject does"),
+        ((*EDIT[:-1], "absent.safetensors", *SINGLE), "absent.safetensors: there is no such file"),
+        ((*EDIT[:-1], "edit.safetensors", *SINGLE), "edit.safetensors holds "),
+        ((*EDIT, *SINGLE, "--model", "other"), "not from this model 'other'"),
+        ((*EDIT, *SINGLE, "--device", "nowhere"), "device 'nowhere' cannot be used"),
+        (("evaluate", "--model", "model", "--records", "absent"), "'absent' is neither"),
+        (("evaluate", "--model", "other", "--records", "records.jsonl", "--edit",
+          "edit.safetensors"), "not for this model"),
+        (("ask", "--model", "model", "--edit", "stats.safetensors", "a"), "holds 'unified"),
+        (("ask", "--model", "model", "  "), "is empty"),
+        (("statistics", "--model", "model", "--layers", "0", "--texts", "absent.txt"),
+         "absent.txt: cannot be read"),
+        (("statistics", "--model", "model", "--layers", "9", "--texts", "texts.txt"),
+         "blocks 0..2"),
+        (("statistics", "--model", "model", "--layers", "0", "--texts", "texts.txt",
+          "--shrinkage", "-1"), "shrinkage is -1.0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("json_", [False, True], ids=["people", "json"])
+def test_what_the_library_foresaw(arguments, message, json_, run, out):
+    if arguments[0] in ("edit", "statistics", "evaluate"):
+        arguments = (*arguments, "--out", str(out))
+    text, err = run(*arguments, *(["--json"] if json_ else []), code=1)
+    assert text == ""
+    [told] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert message in told
+    assert not out.exists()
+
+
+def test_hints_say_the_options(run, out):
+    _, err = run("edit", *SINGLE, "--model", "model", "--out", out, code=1)
+    assert err.splitlines()[-1] == "hint: these settings are --layers and --ridge"
+    twice = out.parent.parent / "twice.jsonl"
+    other = {"prompt": "{} was made in", "subject": SUBJECT, "target_new": "Paris"}
+    twice.write_text("\n".join(map(json.dumps, [FACTS[0], other])), encoding="utf-8")
+    _, err = run(*EDIT, "--facts", twice, "--out", out, code=1)
+    assert "share the subject" in err
+    assert "--ridge" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["edit", "statistics", "evaluate"])
+def test_nothing_is_overwritten_unasked(command, run, place, tmp_path, monkeypatch):
+    path = tmp_path / "kept"
+    path.write_text("precious", encoding="utf-8")
+    arguments = {
+        "edit": [*EDIT, *SINGLE],
+        "statistics": ["statistics", "--model", "model", "--layers", "0", "--texts", "texts.txt"],
+        "evaluate": ["evaluate", "--model", "model", "--records", "records.jsonl"],
+    }[command]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_model", None)  # refused before the model is loaded
+        out, err = run(*arguments, "--out", path, code=1)
+    assert out == ""
+    assert err == f"error: {path} is there already; give another name, or --force\n"
+    assert path.read_text(encoding="utf-8") == "precious"
+    # a run that fails leaves the old file also where it may be replaced
+    out, err = run(*arguments, "--model", "./absent", "--out", path, "--force", code=1)
+    assert path.read_text(encoding="utf-8") == "precious"
+    run(*arguments, "--out", path, "--force")
+    assert path.read_bytes() != b"precious"
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written(run, place, monkeypatch):
+    monkeypatch.setattr(models, "load_model", None)
+    _, err = run(*EDIT, *SINGLE, "--out", "model", "--force", code=1)
+    assert err == "error: model is there and is not a file; give another name\n"
+    _, err = run(*EDIT, *SINGLE, "--out", "facts.jsonl/e.safetensors", code=1)
+    assert err == (
+        "error: facts.jsonl/e.safetensors cannot be written: "
+        f"{place / 'facts.jsonl'} is not a writable folder\n"
+    )
+
+
+def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b.json"
+    write_text(path, "é\n")
+    assert path.read_bytes() == "é\n".encode()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(UnifiedEditError, match=r"b\.json cannot be written: .*No space left"):
+        write_text(path, "other")
+    assert path.read_bytes() == "é\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+# -- the program ------------------------------------------------------------------------------
+
+
+def test_ctrl_c(run, out, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_model", interrupted)
+    text, err = run(*EDIT, *SINGLE, "--out", out, code=130)
+    assert (text, err) == ("", "interrupted\n")
+    assert not out.exists()
+
+
+def test_what_nobody_foresaw_is_not_hidden(run, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(models, "load_model", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("ask", "--model", "model", "a")
+
+
+def test_what_others_print_does_not_spoil_the_json(run, monkeypatch):
+    load = models.load_model
+
+    def chatty(*arguments, **options):
+        print("hello from elsewhere")
+        logging.getLogger("unified_edit.somewhere").info("a note")
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(models, "load_model", chatty)
+    handlers, level = list(logging.getLogger("unified_edit").handlers), _level()
+    text, err = run("ask", "--model", "model", "--json", "a")
+    json.loads(text)
+    assert "hello from elsewhere" in err
+    assert "note: a note\n" in err
+    assert logging.getLogger("unified_edit").handlers == handlers
+    assert _level() == level
+
+
+def _level() -> int:
+    return logging.getLogger("unified_edit").level
+
+
+def test_a_terminal_that_cannot_show_everything(place, monkeypatch):
+    monkeypatch.chdir(place)
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    assert cli.main(["ask", "--model", "model", "Málaga", "-k", "1"]) == 0
+    assert buffer.getvalue().startswith(b"M\\xe1laga")
+
+
+def test_a_reader_that_went_away(place, monkeypatch, tmp_path, capfd):
+    class Closed(io.StringIO):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self.number = number
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(text)
+
+        def fileno(self) -> int:
+            return self.number
+
+    monkeypatch.chdir(place)
+    number = os.open(tmp_path / "pipe", os.O_WRONLY | os.O_CREAT)
+    try:
+        monkeypatch.setattr(sys, "stdout", Closed(number))
+        assert cli.main(["ask", "--model", "model", "a"]) == 1
+        os.write(number, b"lost")  # goes to the null device now
+    finally:
+        os.close(number)
+    assert (tmp_path / "pipe").read_bytes() == b""
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_json_has_no_numbers_that_json_has_not():
+    document = {"a": float("nan"), 1: [float("inf"), (2.5, None, True)], "é": "é"}
+    text = to_json(document)
+    assert text.isascii()
+    assert json.loads(text) == {"a": None, "1": [None, [2.5, None, True]], "é": "é"}
+
+
+def test_tables_for_people():
+    rows = [
+        {"name": "a\nb", "n": 1, "p": 0.123456, "ok": True},
+        {"name": "x" * 99, "n": 22, "p": 1e-9, "ok": False},
+    ]
+    assert format_table(rows).splitlines() == [
+        "  name" + " " * (console.CELL - 4) + "   n      p  ok",
+        "  a b" + " " * (console.CELL - 3) + "   1  0.123  yes",
+        "  " + "x" * (console.CELL - 3) + "...  22  1e-09  no",
+    ]
+    many = format_table([{"n": n} for n in range(console.ROWS + 5)]).splitlines()
+    assert len(many) == console.ROWS + 2
+    assert many[-1] == "  ... and 5 more (--json shows all)"

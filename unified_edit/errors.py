@@ -1,0 +1,71 @@
+"""Every error the library raises on purpose.
+
+Each message says what was wrong, where, and what to do about it. All classes derive from
+`UnifiedEditError`, so one `except` catches what the library foresaw and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class UnifiedEditError(Exception):
+    """Base of all errors that the library raises on purpose."""
+
+
+class FactError(UnifiedEditError, ValueError):
+    """A fact or record is malformed: subject not in the prompt, an empty target, no facts."""
+
+
+class FactFileError(FactError):
+    """A file of facts cannot be read; the message names the file and the line."""
+
+
+class ContradictionError(FactError):
+    """Two facts of one batch give the same prompt and subject different targets."""
+
+
+class SharedSubjectError(FactError):
+    """Two facts of one equality batch share a subject, so that their keys may be identical."""
+
+
+class TokenizationError(FactError):
+    """Tokens of a subject or a target cannot be found in the encoded prompt."""
+
+
+class ObjectiveError(UnifiedEditError, ValueError):
+    """Matrices given to the objective have wrong shapes or entries."""
+
+
+class InfeasibleError(ObjectiveError):
+    """`Delta K = R` cannot be held: the keys are (numerically) linearly dependent."""
+
+
+class NotPositiveDefiniteError(ObjectiveError):
+    """C0 has no Cholesky factor: too few tokens, or a direction that never occurred."""
+
+
+class MethodError(UnifiedEditError, ValueError):
+    """A method lacks a setting for this model, or a setting is out of range."""
+
+
+class ModelError(UnifiedEditError, ValueError):
+    """The model cannot be edited: unknown family, wrapped, quantised, offloaded, NaN weights."""
+
+
+class ModelChangedError(ModelError):
+    """A weight is not what the ledger left there: somebody else changed it."""
+
+
+class StatisticsError(UnifiedEditError, ValueError):
+    """Key statistics are missing, too small, or were made from something else."""
+
+
+class StatisticsFileError(StatisticsError):
+    """A statistics file is corrupt, truncated, or not one of ours."""
+
+
+class EditError(UnifiedEditError, RuntimeError):
+    """An edit failed or had no effect; the model is as it was before."""
+
+
+class EditFileError(EditError, ValueError):
+    """An edit file is corrupt, truncated, not one of ours, or made for another model."""
