@@ -95,6 +95,7 @@ def environment(threads: int) -> dict[str, str]:
     """
     variables = dict(os.environ)
     variables.update(
+        HF_HUB_DISABLE_PROGRESS_BARS="1",  # of loading, too
         HYPOTHESIS_STORAGE_DIRECTORY=str(BUILD / "hypothesis"),
         JUPYTER_PREFER_ENV_PATH="1",
         OMP_NUM_THREADS=str(threads),

@@ -6,6 +6,7 @@ statistics made on one hold for the other.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +42,11 @@ LAYERS = 3
 def sentences() -> list[str]:
     """About two hundred short sentences, some 2,000 tokens."""
     named = [f"The {thing} is in the city of {place}." for thing in THINGS for place in PLACES]
-    born = [f"{a} was born in {b}, not far from the {t}." for a, b in zip(PLACES, PLACES[1:], strict=False)
-            for t in THINGS]  # fmt: skip
+    born = [
+        f"{one} was born in {other}, not far from the {thing}."
+        for one, other in itertools.pairwise(PLACES)
+        for thing in THINGS
+    ]
     old = [f"I walked from the old {a} to the {b} and back." for a in THINGS for b in THINGS]
     return named + born + old
 

@@ -115,7 +115,7 @@ def raising(error: BaseException, at: int, original: Callable[..., Any]) -> Call
     return called
 
 
-# --- facts -----------------------------------------------------------------------------------
+# --- facts ---
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_wrong_field_on_line_17(tmp_path) -> None:
     essential(str(caught.value), (str(path), "line 17", "'target_nwe'", "'target_new'"))
 
 
-# --- lengths and tokens ------------------------------------------------------------------------
+# --- lengths and tokens ---
 
 LONG = "the old bridge and " * POSITIONS
 
@@ -374,9 +374,10 @@ def test_a_subject_without_tokens(tiny, tiny_statistics) -> None:
 
 @EVERY
 def test_a_tokenizer_of_another_model(tiny, tiny_texts, tiny_statistics, method) -> None:
-    large = byte_level_tokenizer([*tiny_texts, "The zebra and the quagga " * 50] * 2, 800)
+    numerals = [f"{a}teen{b}ty{c}" for a in PLACES for b in PLACES for c in "abcdef"]
+    large = byte_level_tokenizer([*tiny_texts, *numerals], 800)
     large.pad_token = END
-    fact = Fact("The {} is in", "quagga", "Rome")
+    fact = Fact("The {} is in", large.decode([len(large) - 1]).strip(), "Rome")
     rows = tiny.get_input_embeddings().num_embeddings
     assert max(large(fact.text)["input_ids"]) >= rows
     words = ("tokenizer", f"{rows}", "another model")
@@ -404,7 +405,7 @@ def test_no_end_of_text_token_to_begin_a_prefix_with(tiny, tiny_texts, tiny_stat
         edit(tiny, tokenizer, [TOWER], IN_TURN, statistics=tiny_statistics)
 
 
-# --- models that cannot be edited ----------------------------------------------------------------
+# --- models that cannot be edited ---
 
 
 def other_family(name: str, **fields: Any) -> nn.Module:
@@ -656,7 +657,7 @@ def test_weights_made_in_inference_mode(make_gpt2, tiny_tokenizer, tiny_statisti
         edit(model, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
 
 
-# --- methods -------------------------------------------------------------------------------------
+# --- methods ---
 
 
 @pytest.mark.parametrize(
@@ -688,9 +689,9 @@ def test_weights_made_in_inference_mode(make_gpt2, tiny_tokenizer, tiny_statisti
         ({"layer": (1,)}, ["no field 'layer'", "Method"]),
         ({"rigde": 0.0}, ["no field 'rigde'", "Method"]),
     ],
-    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items())
-    if isinstance(value, dict)
-    else "",
+    ids=lambda value: (
+        ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_a_wrong_setting(fields: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(MethodError) as caught:
@@ -710,9 +711,9 @@ def test_a_wrong_setting(fields: dict[str, Any], words: list[str]) -> None:
         ({"per_start": 0}, ["per_start", "0"]),
         ({"per_start": 1.5}, ["per_start", "1.5"]),
     ],
-    ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items())
-    if isinstance(value, dict)
-    else "",
+    ids=lambda value: (
+        ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
+    ),
 )
 def test_wrong_contexts(fields: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(MethodError) as caught:
@@ -745,7 +746,9 @@ def test_layers_that_do_not_fit(tiny, tiny_tokenizer, tiny_statistics, method, l
         KeyStatistics.collect(tiny, tiny_tokenizer, ["a"], layers)
 
 
-@pytest.mark.parametrize("method", ["EMMET", None, EMMET.to_dict(), Method], ids=lambda m: str(m)[:9])
+@pytest.mark.parametrize(
+    "method", ["EMMET", None, EMMET.to_dict(), Method], ids=lambda m: str(m)[:9]
+)
 def test_things_that_are_no_method(tiny, tiny_tokenizer, tiny_statistics, method) -> None:
     words = (type(method).__name__, "give a Method", "unified_edit.EMMET")
     with refused(tiny, MethodError, *words):
@@ -766,13 +769,15 @@ def test_a_ridge_without_a_published_value(tiny, tiny_tokenizer, tiny_statistics
         edit(tiny, tiny_tokenizer, [TOWER], MEMIT.replace(layers=(1,)), statistics=tiny_statistics)
 
 
-@pytest.mark.parametrize("thing", [{}, "stats.safetensors", torch.eye(48)], ids=["dict", "path", "C0"])
+@pytest.mark.parametrize(
+    "thing", [{}, "stats.safetensors", torch.eye(48)], ids=["dict", "path", "C0"]
+)
 def test_things_that_are_no_statistics(tiny, tiny_tokenizer, thing) -> None:
     with refused(tiny, StatisticsError, type(thing).__name__, "KeyStatistics"):
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=thing)
 
 
-# --- values --------------------------------------------------------------------------------------
+# --- values ---
 
 
 def test_values_that_do_not_belong(tiny, make_gpt2, tiny_tokenizer, tiny_statistics) -> None:
@@ -805,7 +810,7 @@ def test_values_that_do_not_belong(tiny, make_gpt2, tiny_tokenizer, tiny_statist
         write([TOWER], ONE)
 
 
-# --- statistics: the corpus ----------------------------------------------------------------------
+# --- statistics: the corpus ---
 
 
 def collect(model: nn.Module, tokenizer: Any, texts: Any, **more: Any) -> KeyStatistics:
@@ -815,9 +820,7 @@ def collect(model: nn.Module, tokenizer: Any, texts: Any, **more: Any) -> KeySta
 def test_too_few_tokens(tiny, tiny_tokenizer, tiny_texts) -> None:
     words = ("tokens", "fewer than 2*d_k = 96", "10*d_k = 480", "shrinkage")
     with refused(tiny, StatisticsError, *words):
-        collect(tiny, tiny_tokenizer, tiny_texts[:30])
-    with refused(tiny, StatisticsError, *words):
-        collect(tiny, tiny_tokenizer, tiny_texts, tokens=50)
+        collect(tiny, tiny_tokenizer, tiny_texts[:25])
     with refused(tiny, StatisticsError, "256 set aside", "more text"):
         collect(tiny, tiny_tokenizer, tiny_texts[:10], shrinkage=1e-2)
 
@@ -881,7 +884,7 @@ def test_layers_that_are_no_list(tiny, tiny_tokenizer, tiny_texts, layers) -> No
         KeyStatistics.collect(tiny, tiny_tokenizer, tiny_texts, layers)
 
 
-# --- statistics: use and files ---------------------------------------------------------------------
+# --- statistics: use and files ---
 
 
 def test_statistics_of_another_model(tiny, make_gpt2, tiny_tokenizer, statistics_of) -> None:
@@ -964,13 +967,13 @@ def test_damaged_statistics_in_the_cache_are_made_again(
     )
     first = edit(tiny, tiny_tokenizer, [TOWER], ONE).undo()
     (path,) = tmp_path.rglob("layer-1.safetensors")
-    good = path.read_bytes()
-    path.write_bytes(good[:-9])
+    moment = KeyStatistics.load(path).C0(1)
+    path.write_bytes(path.read_bytes()[:-9])
     with caplog.at_level(logging.WARNING, logger="unified_edit"):
         second = edit(tiny, tiny_tokenizer, [TOWER], ONE)
     essential(caplog.text, (str(path), "not used"))
     assert second.id == first.id
-    assert path.read_bytes() == good
+    assert torch.equal(KeyStatistics.load(path).C0(1), moment)
     assert list(tmp_path.rglob("*partial*")) == []
 
 
@@ -1161,7 +1164,7 @@ def test_an_edit_whose_matrices_were_exchanged(tiny, ready_made, tmp_path) -> No
         Edit.load(path).apply(tiny)
 
 
-# --- edits in other models, other states -----------------------------------------------------------
+# --- edits in other models, other states ---
 
 
 def test_an_edit_in_another_model(make_gpt2, make_gptj, ready_made) -> None:
@@ -1276,7 +1279,7 @@ def test_a_model_that_is_gone(make_gpt2, tiny_tokenizer, tiny_statistics) -> Non
     made.apply(make_gpt2())
 
 
-# --- edits that would do nothing or too much -------------------------------------------------------
+# --- edits that would do nothing or too much ---
 
 
 def test_an_edit_that_vanishes_in_rounding(make_gpt2, tiny_tokenizer, statistics_of) -> None:
@@ -1284,7 +1287,7 @@ def test_an_edit_that_vanishes_in_rounding(make_gpt2, tiny_tokenizer, statistics
     model = unusual(make_gpt2(dtype=torch.bfloat16))
     stats = statistics_of(model)
     faint = ONE.replace(clamp=1e-6)
-    words = ("[1] unchanged", "lost in rounding", "bfloat16", "wider type")
+    words = ("layer 1 unchanged", "lost in rounding", "bfloat16", "0.0%", "wider type")
     with refused(model, EditError, *words):
         edit(model, tiny_tokenizer, [TOWER], faint, statistics=stats)
     made = edit(model, tiny_tokenizer, [TOWER], faint, statistics=stats, apply=False)
@@ -1334,7 +1337,7 @@ def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkey
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
 
 
-# --- failures in the middle -------------------------------------------------------------------------
+# --- failures in the middle ---
 
 FAILURES = [
     RuntimeError("out of memory"),
@@ -1409,10 +1412,12 @@ def test_a_failure_at_any_block(tiny, tiny_tokenizer, tiny_statistics, method) -
 
     tiny.transformer.h[2].register_forward_hook(hook)
     edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics).undo()
+    calls = 0  # the second time, what is kept between edits is there already
+    edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics).undo()
     total, reached = calls, 0
     assert total >= 5
-    for fail_at in range(1, total + 1, max(1, total // 12)):
-        calls = 0
+    for chosen in range(1, total + 1, max(1, total // 12)):
+        calls, fail_at = 0, chosen
         with refused(tiny, RuntimeError, "from a hook"):
             edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics)
         reached += 1
@@ -1443,6 +1448,9 @@ class FailAt(TorchFunctionMode):
             names.add(frame.f_code.co_name)
             frame = frame.f_back
         if "probe" in names and func is torch.Tensor.copy_:
+            return True
+        # torch's own contexts (no_grad, enable_grad) are left through these
+        if getattr(func, "__name__", "") in ("_set_grad_enabled", "_enter_inference_mode"):
             return True
         return bool(names & self.CLEANUP)
 
@@ -1534,7 +1542,7 @@ def test_a_failure_while_prefixes_are_sampled(
         edit(tiny, tiny_tokenizer, [VIENNA], SPREAD, statistics=tiny_statistics, seed=3)
 
 
-# --- checkpoints -------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 @pytest.fixture
@@ -1599,7 +1607,7 @@ def test_a_damaged_checkpoint(tiny, tiny_tokenizer, interrupted, statistics_file
             collect(tiny, tiny_tokenizer, texts, checkpoint=path)
 
 
-# --- files that cannot be written ----------------------------------------------------------------------
+# --- files that cannot be written ---
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -1624,11 +1632,19 @@ WRITE_FAILURES = {
 }
 
 
+def same_content(first: Path, second: Path) -> bool:
+    """safetensors writes the metadata in any order, so bytes may differ."""
+    both = []
+    for path in (first, second):
+        with files_module.safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name).tolist() for name in handle.keys()}  # noqa: SIM118
+            both.append((handle.metadata(), tensors))
+    return both[0] == both[1]
+
+
 @pytest.mark.parametrize("broken", WRITE_FAILURES)
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-def test_a_file_that_cannot_be_written(
-    stored, tmp_path, monkeypatch, broken, existing
-) -> None:
+def test_a_file_that_cannot_be_written(stored, tmp_path, monkeypatch, broken, existing) -> None:
     path, load, _ = stored
     thing = load(path)
     folder = tmp_path / "out"
@@ -1642,9 +1658,9 @@ def test_a_file_that_cannot_be_written(
             thing.save(target)
     assert [item.name for item in folder.iterdir()] == ([target.name] if existing else [])
     if existing:
-        assert target.read_bytes() == path.read_bytes()
+        assert target.read_bytes() == path.read_bytes()  # byte for byte: it was not touched
     thing.save(target)
-    assert target.read_bytes() == path.read_bytes()
+    assert same_content(target, path)
 
 
 def test_a_folder_in_the_way(stored, tmp_path) -> None:
@@ -1695,7 +1711,7 @@ def test_an_adapter_that_cannot_be_written(
     assert (tmp_path / "used" / "note").read_text() == "mine"
 
 
-# --- nothing left behind by what works --------------------------------------------------------------
+# --- nothing left behind by what works ---
 
 
 @EVERY

@@ -109,7 +109,7 @@ EDIT = ("edit", "--model", "model", "--layers", "0", "--statistics", "stats.safe
 def test_help_from_a_shell(tmp_path):
     shown = subprocess.run(
         [sys.executable, "-m", "unified_edit", "--help"],
-        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     assert shown.stderr == ""
     assert all(f"python -m unified_edit {command}" in shown.stdout for command in COMMANDS)

@@ -170,8 +170,9 @@ def run_evaluate(args: Namespace) -> Result:
             batch_size=batch_size, statistics=statistics, seed=seed,
         )  # fmt: skip
     else:
-        written = {fact for edit in edits for fact in edit.facts}
-        others = sum(record.fact not in written for record in records)
+        written = {(fact.text, fact.target_new) for edit in edits for fact in edit.facts}
+        asked = [(record.fact.text, record.fact.target_new) for record in records]
+        others = sum(pair not in written for pair in asked)
         if edits and others:
             log.warning(
                 "%d of %d records are about facts that the edits given do not write",

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,7 +22,7 @@ from unified_edit.errors import EditError, EditFileError, UnifiedEditError
 from unified_edit.facts import Fact
 from unified_edit.files import read_safetensors, write_safetensors
 from unified_edit.fingerprints import tensor_hash
-from unified_edit.ledger import Ledger, ledger_of
+from unified_edit.ledger import Entry, Ledger, ledger_of
 from unified_edit.methods import Method
 from unified_edit.objective import Diagnosis, Update
 
@@ -158,10 +158,10 @@ class Edit:
             raise EditError("this edit is already applied to this model; undo it first")
         for layer in self.layers:
             self._check_alone(ledger, layer)
-        before = {layer: ledger.parts.weight(layer).detach().clone() for layer in self.layers}
+        earlier = ledger.active
         with ledger.rollback():
-            ledger.activate((*ledger.active, self))
-            self._check_arrived(ledger, before)
+            ledger.activate((*earlier, self))
+            self._check_arrived(ledger, earlier)
         if model is not None:
             self._model[:] = [weakref.ref(model)]
         return self
@@ -205,18 +205,18 @@ class Edit:
                 "configuration differ. Load the model it was made for, in the same dtype"
             )
 
-    def _check_arrived(self, ledger: Ledger, before: Mapping[int, Tensor]) -> None:
+    def _check_arrived(self, ledger: Ledger, earlier: Sequence[Entry]) -> None:
         """Raise EditError if Delta is lost when the weights are rounded to the model's type.
 
         A Delta below half a unit in the last place of most weights changes only the smallest of
         them. What arrives is measured along Delta itself: <W - W_before, Delta> / norm(Delta)^2.
         """
-        for layer, old in before.items():
+        for layer in self.layers:
             weight = ledger.parts.weight(layer).detach()
             delta = ledger.parts.to_stored(self.delta(layer), layer)
-            change = weight.cpu().double() - old.cpu().double()
-            size = float(delta.square().sum())
-            arrived = float((change * delta).sum()) / size if size else 0.0
+            change = weight.cpu().double() - ledger.with_edits(layer, earlier).cpu().double()
+            size = float(torch.linalg.vector_norm(delta)) ** 2
+            arrived = float(torch.einsum("ij,ij->", change, delta)) / size if size else 0.0
             if arrived < LOST:
                 raise EditError(
                     f"the edit leaves the weights of layer {layer} unchanged: Delta is lost in "

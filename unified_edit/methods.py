@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from transformers import PreTrainedModel
+
 from unified_edit.distribution import Kind
 from unified_edit.errors import MethodError
-from unified_edit.models import Anatomy
+from unified_edit.models import Anatomy, anatomy
 
 #: The words that MEMIT's released code begins its sampled prefixes with.
 MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -162,12 +164,13 @@ class Method:
         assert self.ridge is not None, "resolve the method first"
         return self.ridge if facts >= self.ridge_from else 0.0
 
-    def resolve(self, parts: Anatomy) -> Method:
-        """The method with every field filled in for this model.
+    def resolve(self, model: PreTrainedModel | Anatomy) -> Method:
+        """The method with every field filled in for `model`.
 
         Raises MethodError if the model is not in `SETTINGS` and a field without a default (at
         least `layers`) is missing, ModelError if the layers do not fit the model.
         """
+        parts = model if isinstance(model, Anatomy) else anatomy(model)
         config = parts.model.config
         key = (config.model_type, parts.n_layers, parts.d_out)
         known = {**DEFAULTS, **SETTINGS.get(key, {}).get(self.name, {})}

@@ -120,6 +120,33 @@ def _is_singular(C0: Tensor, factor: Tensor) -> bool:
     return not smallest > len(C0) * torch.finfo(torch.float64).eps * size
 
 
+def closest_pair(metric: Metric | Tensor, K: Tensor) -> tuple[int, int, float]:
+    """The two facts i < j whose whitened keys are most nearly parallel, and their |cosine|.
+
+    K: (d_in, E) with E >= 2. Whitened, because it is there that an equality tells facts apart.
+    Raises ObjectiveError for fewer than two keys, and for what `solve` refuses.
+    """
+    metric = metric if isinstance(metric, Metric) else Metric(metric)
+    K, _ = check_facts(metric, K, K, None)
+    if K.shape[1] < 2:
+        raise ObjectiveError("a closest pair needs at least two keys")
+    return closest_columns(metric.whiten(K))
+
+
+def closest_columns(A: Tensor) -> tuple[int, int, float]:
+    """Columns i < j of A (two at least) with the largest |cosine|, found block by block."""
+    unit = A / A.norm(dim=0)
+    best = (0, 1, 0.0)
+    for start in range(0, A.shape[1], 1024):
+        # Row i of the block is column start + i of A; only columns after it count.
+        cosines = (unit[:, start : start + 1024].mT @ unit).abs().triu(diagonal=start + 1)
+        cosine, at = cosines.flatten().max(dim=0)
+        if float(cosine) > best[2]:
+            row, j = divmod(int(at), A.shape[1])
+            best = (start + row, j, float(cosine))
+    return best[0], best[1], min(1.0, best[2])
+
+
 def check_facts(
     metric: Metric, K: Tensor, R: Tensor, names: Sequence[str] | None
 ) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ updates that violate Delta K = R least, the one that costs least.
     limit lam -> 0   A = U s V^T (SVD)    Delta = (R V s^-1) (U^T L^-1), tiny s left out
 
 QR does not square the condition number, as the Gram matrix does: with cond(A) = 1e7 it holds the
-equality to 1e-10 where a Cholesky factor of G misses it by 1e-3. Nothing is ever added to the
-diagonal to make the equality solvable: that would be the other problem.
+equality to 1e-9 or better, where a Cholesky factor of G misses it by 1e-3. Nothing is ever added to
+the diagonal to make the equality solvable: that would be the other problem.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 from unified_edit.errors import InfeasibleError, ObjectiveError
-from unified_edit.metric import Metric, check_facts, fact_label
+from unified_edit.metric import Metric, check_facts, closest_columns, fact_label
 from unified_edit.reproducible import is_identity, matmul
 
 CONDITION_LIMIT = 1e8
@@ -207,8 +207,8 @@ def solve(
     left, right = _fewest_numbers(K, R, left, right, basis, form)
     size = float(R.norm())
     return Update(
-        left=left,
-        right=right,
+        left=left.contiguous(),
+        right=right.contiguous(),
         diagnosis=Diagnosis(
             condition=condition,
             rank=rank,
@@ -217,19 +217,6 @@ def solve(
             form=form,
         ),
     )
-
-
-def closest_pair(metric: Metric | Tensor, K: Tensor) -> tuple[int, int, float]:
-    """The two facts i < j whose whitened keys are most nearly parallel, and their |cosine|.
-
-    K: (d_in, E) with E >= 2. Whitened, because it is there that an equality tells facts apart.
-    Raises ObjectiveError for fewer than two keys, and for what `solve` refuses.
-    """
-    metric = metric if isinstance(metric, Metric) else Metric(metric)
-    K, _ = check_facts(metric, K, K, None)
-    if K.shape[1] < 2:
-        raise ObjectiveError("a closest pair needs at least two keys")
-    return _closest_columns(metric.whiten(K))
 
 
 def _hold(
@@ -336,23 +323,9 @@ def _plus_diagonal(matrix: Tensor, lam: float) -> Tensor:
     return matrix
 
 
-def _closest_columns(A: Tensor) -> tuple[int, int, float]:
-    """Columns i < j of A (two at least) with the largest |cosine|, found block by block."""
-    unit = A / A.norm(dim=0)
-    best = (0, 1, 0.0)
-    for start in range(0, A.shape[1], 1024):
-        # Row i of the block is column start + i of A; only columns after it count.
-        cosines = (unit[:, start : start + 1024].mT @ unit).abs().triu(diagonal=start + 1)
-        cosine, at = cosines.flatten().max(dim=0)
-        if float(cosine) > best[2]:
-            row, j = divmod(int(at), A.shape[1])
-            best = (start + row, j, float(cosine))
-    return best[0], best[1], min(1.0, best[2])
-
-
 def _infeasible_message(A: Tensor, condition: float, rank: int, names: Sequence[str] | None) -> str:
     d_in, E = A.shape
-    i, j, cosine = _closest_columns(A)
+    i, j, cosine = closest_columns(A)
     first, second = fact_label(i, names), fact_label(j, names)
     many = f"there are more than the {d_in} dimensions of a key, and " if d_in < E else ""
     return (

@@ -50,7 +50,7 @@ READ_OUT = 3
 #: The layer behind which the subject's last token is asked for its objects, and the weight.
 ENRICHED, ENRICHMENT = 1, 0.3
 #: Shares of the training: attention to subjects is blocked in all rows, then opened, then free.
-BLOCKED_UNTIL, FREE_FROM = 0.55, 0.8
+BLOCKED_UNTIL, FREE_FROM = 0.85, 0.97
 
 
 def train_tokenizer(knowledge: Knowledge, seed: int) -> PreTrainedTokenizerFast:

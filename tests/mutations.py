@@ -1,0 +1,186 @@
+"""Planted faults: each must turn a test red.
+
+    python tests/mutations.py            # all, two at a time
+    python tests/mutations.py 3 7        # some
+
+Every fault is one replacement in one module of a copy of the package; the tests named beside it
+are run on the copy and must fail. A fault that survives is a hole in the tests. This takes a
+few minutes and is not part of `make test`; `test_mutations.py`, which is, sees to it that every
+fault still fits the source.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """In `module`, `right` (which occurs once) becomes `wrong`; one of `tests` must notice."""
+
+    what: str
+    module: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+OBJECTIVE = ("tests/test_objective.py",)
+KEYS = ("tests/test_recipe.py", "-k", "test_keys and double")
+VALUES = ("tests/test_recipe.py", "-k", "test_values and double")
+WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and double")
+EDITS = ("tests/test_edits.py",)
+STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupted or batching")
+EVALUATION = ("tests/test_evaluation.py",)
+BAD_INPUT = ("tests/test_bad_input.py",)
+
+FAULTS = (
+    Fault("a sign in the residual correction", "objective.py",
+          "left = left + times_inverse(R - matmul(left, gram))",
+          "left = left - times_inverse(R - matmul(left, gram))", OBJECTIVE),
+    Fault("ridge not added", "objective.py",
+          "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, lam))",
+          "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, 1e-9 * lam))", OBJECTIVE),
+    Fault("a transpose in the metric", "metric.py",
+          "product: Tensor = solve_triangular(self.factor, rows, upper=False, left=False)",
+          "product: Tensor = solve_triangular(self.factor.mT, rows, upper=True, left=False)",
+          OBJECTIVE),
+    Fault("singular directions kept in the limit", "objective.py",
+          "U, s, V = U[:, :rank], s[:rank], Vh[:rank].mT",
+          "U, s, V = U, s, Vh.mT", OBJECTIVE),
+    Fault("plain for typed key mean", "keys.py",
+          'if mean == "typed" and count > 1:', 'if mean == "plain" and count > 1:', KEYS),
+    Fault("bare prompt weighs too much", "keys.py",
+          "weights[0] = 0.5\n", "weights[0] = 0.6\n", KEYS),
+    Fault("subject token off by one", "tokens.py",
+          "    return overlapping[-1]\n", "    return max(overlapping[-1] - 1, 0)\n", KEYS),
+    Fault("first instead of last subject token", "tokens.py",
+          "    return overlapping[-1]\n", "    return overlapping[0]\n", KEYS),
+    Fault("positions not passed from the mask", "activations.py",
+          "positions = (mask.cumsum(-1) - 1).clamp(min=0)",
+          "positions = torch.arange(width).expand(len(rows), width)", KEYS),
+    Fault("KL the other way round", "values.py",
+          "(current.exp() * (current - initial)).sum(-1)",
+          "(initial.exp() * (initial - current)).sum(-1)", VALUES),
+    Fault("KL left out", "values.py",
+          "method.kl_weight * divergence", "0.0 * divergence", VALUES),
+    Fault("norm of delta squared in the decay", "values.py",
+          "decay = torch.linalg.vector_norm(delta, dim=1) / batch",
+          "decay = delta.square().sum(1) / batch", VALUES),
+    Fault("clamp dropped", "values.py",
+          "if deltas[index].norm() > limit:", "if False:", VALUES),
+    Fault("clamp relative to 1", "values.py",
+          "limit = method.clamp * init.norm()", "limit = method.clamp * init.norm() ** 0",
+          VALUES),
+    Fault("one update too many", "values.py",
+          "if step == method.steps - 1 or not keep:", "if step == method.steps or not keep:",
+          VALUES),
+    Fault("finished facts go on moving", "values.py",
+          "deltas[index].grad = None", "pass", VALUES),
+    Fault("no early stop", "values.py",
+          "if value >= method.stop_loss]", "if value >= -1.0]", VALUES),
+    Fault("sum instead of mean over target tokens", "values.py",
+          "target_weight.append(1.0 / (len(row.target) * contexts))",
+          "target_weight.append(1.0 / contexts)", VALUES),
+    Fault("delta at the second suffix token", "values.py",
+          "torch.cat([batch.hidden[:, :1] + added[:, None], batch.hidden[:, 1:]], dim=1)",
+          "torch.cat([batch.hidden[:, :1], batch.hidden[:, 1:] + added[:, None]], dim=1)",
+          VALUES),
+    Fault("padding of the prefixes not masked in the cache", "values.py",
+          '[prefix["attention_mask"].cpu(), (torch.arange(width) < lengths[:, None]).long()]',
+          '[torch.ones_like(prefix["attention_mask"].cpu()), '
+          "(torch.arange(width) < lengths[:, None]).long()]", VALUES),
+    Fault("keys not recomputed at later layers", "editor.py",
+          "keys = self.keys(facts, layer)\n", "keys = first_keys\n", WHOLE),
+    Fault("residual not recomputed at later layers", "editor.py",
+          "residual = values.z - now", "residual = values.delta", WHOLE),
+    Fault("every layer takes the whole residual", "editor.py",
+          "share * residual", "residual", WHOLE),
+    Fault("a missing bias: value read without it", "keys.py",
+          "    return found[site].double().cpu().T\n",
+          "    bias = parts.down(layer).bias.detach().double().cpu()\n"
+          "    return (found[site].double().cpu() - bias).T\n", WHOLE),
+    Fault("weight orientation", "models.py",
+          "return delta.T if self.transposed(layer) else delta",
+          "return delta if self.transposed(layer) else delta.T", EDITS),
+    Fault("undo by subtraction", "ledger.py",
+          "new = {layer: self.with_edits(layer, edits) for layer in layers}",
+          "new = {i: (self.with_edits(i, edits).double() + 1e-9).to(self.base_weight(i).dtype)"
+          " for i in layers}", EDITS),
+    Fault("edits summed from the edited weight", "ledger.py",
+          "parts, base = self.parts, self.base_weight(layer)",
+          "parts, base = self.parts, self.parts.weight(layer).detach()", EDITS),
+    Fault("changes by others not noticed", "ledger.py",
+          "elif tensor_hash(weight) != expected:", "elif False:", EDITS),
+    Fault("a model's fingerprint taken from its edited weights", "ledger.py",
+          "base = {parts.weight_name(layer): weight for layer, weight in self._base.items()}",
+          "base = {}", EDITS),
+    Fault("adapter not marked as transposed", "peft_export.py",
+          "fan_in_fan_out=fan_in_fan_out", "fan_in_fan_out=not fan_in_fan_out", EDITS),
+    Fault("C0 counts padding", "key_statistics.py",
+          'real = inputs["attention_mask"].bool()',
+          'real = torch.ones_like(inputs["attention_mask"]).bool()', STATISTICS),
+    Fault("C0 is a sum, not a mean", "key_statistics.py",
+          "first.add_(second).div_(count)", "first.add_(second)", STATISTICS),
+    Fault("a resumed run counts texts twice", "key_statistics.py",
+          'if done is not None and number < done["groups"]:',
+          'if done is not None and number < done["groups"] - 1:', STATISTICS),
+    Fault("a tie counts as a success", "questions.py",
+          "success = right.logp > wrong.logp", "success = right.logp >= wrong.logp", EVALUATION),
+    Fault("neighbours judged like paraphrases", "questions.py",
+          "right, wrong = (true, new) if kind == NEIGHBOUR else (new, true)",
+          "right, wrong = (new, true)", EVALUATION),
+    Fault("checksums not compared", "files.py",
+          'if metadata.get("sha256") != _checksum(tensors, text):', "if False:", BAD_INPUT),
+)  # fmt: skip
+
+
+def survives(fault: Fault) -> str | None:
+    """Plant the fault in a copy and run its tests; None if they fail, a complaint otherwise."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("unified_edit", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        module = copy / "unified_edit" / fault.module
+        source = module.read_text(encoding="utf-8")
+        if source.count(fault.right) != 1:
+            return f"{fault.what}: the text to replace occurs {source.count(fault.right)} times"
+        module.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
+        environment = {
+            **os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "UNIFIED_EDIT_PROGRESS": "0"
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        run = subprocess.run(
+            [*command, *fault.tests], cwd=copy, env=environment, capture_output=True, text=True
+        )
+        if run.returncode == 1:
+            return None
+        last = (run.stdout.strip().splitlines() or ["no output"])[-1]
+        return f"{fault.what}: pytest exited with {run.returncode} ({last})"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the chosen faults; the exit code is 1 if one survives."""
+    chosen = [FAULTS[int(number)] for number in arguments] or list(FAULTS)
+    with ThreadPoolExecutor(2) as pool:
+        complaints = []
+        for fault, complaint in zip(chosen, pool.map(survives, chosen), strict=True):
+            print(f"{'SURVIVES' if complaint else 'caught':9} {fault.what}", flush=True)
+            complaints += [complaint] if complaint else []
+    print("\n".join(complaints) or f"all {len(chosen)} faults were caught")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

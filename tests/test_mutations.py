@@ -1,0 +1,14 @@
+"""The list of planted faults must fit the source, or it proves nothing when it is run."""
+
+from __future__ import annotations
+
+import mutations
+import pytest
+
+
+@pytest.mark.parametrize("fault", mutations.FAULTS, ids=lambda fault: fault.what)
+def test_the_fault_can_be_planted(fault):
+    source = (mutations.ROOT / "unified_edit" / fault.module).read_text(encoding="utf-8")
+    assert source.count(fault.right) == 1
+    assert fault.wrong not in ("", fault.right)
+    assert (mutations.ROOT / fault.tests[0]).exists()
