@@ -21,9 +21,7 @@ def main() -> None:
     model, tokenizer = ue.load_model("atlas")
     fact = ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
     ue.edit(model, tokenizer, [fact], method=ue.EMMET)
-    axes = ue.figures.probability_bars(
-        ue.compare(model, tokenizer, PROMPTS, ["Paris", "Rome"])
-    )
+    axes = ue.figures.probability_bars(ue.compare(model, tokenizer, PROMPTS, ["Paris", "Rome"]))
     axes.figure.savefig(OUT, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 

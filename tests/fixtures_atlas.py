@@ -16,7 +16,7 @@ def own_cache(tmp_path_factory):
     """Statistics are cached in a folder of the test run, never in the user's."""
     folder = tmp_path_factory.getbasetemp().parent / "unified_edit_cache"
     os.environ["UNIFIED_EDIT_CACHE"] = str(folder)
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,7 @@ def subject_last_token(
 
     Found by decoding ever more tokens until they spell the text up to the subject's end. A token
     that ends within a character spells a replacement mark there, so it never counts too early.
+    A tokenizer may put a blank in front of every text (as atlas's does); it is passed over.
     """
     head, _, tail = prompt_template.partition("{}")
     text, wanted = prefix + head + subject + tail + suffix, prefix + head + subject
@@ -195,7 +196,7 @@ def subject_last_token(
         spelled = tokenizer.decode(
             ids[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        if spelled.startswith(wanted):
+        if spelled.removeprefix(" ").startswith(wanted.removeprefix(" ")):
             return count - 1
     raise ValueError(f"the tokens of {text!r} do not spell it")
 

@@ -116,7 +116,9 @@ def test_records(knowledge, records):
         assert truth[fact.subject, relation] == fact.target_true
         assert fact.target_new != fact.target_true
         assert fact.target_new in {t.object for t in knowledge.triples if t.relation == relation}
-        assert fact.target_new not in {t.object for t in knowledge.triples if t.subject == fact.subject}
+        assert fact.target_new not in {
+            t.object for t in knowledge.triples if t.subject == fact.subject
+        }
         assert fact.prompt in knowledge.wordings[relation][:EDIT_WORDINGS]
         own = {fill(wording, fact.subject) for wording in knowledge.wordings[relation]}
         assert len(record.paraphrases) == len(own) - 1
@@ -129,7 +131,9 @@ def test_records(knowledge, records):
         else:
             assert len(record.neighbours) == 2 * SHARED_BY
         for probe in record.probes.get("other_relations", ()):
-            assert probe.expected in {t.object for t in knowledge.triples if t.subject == fact.subject}
+            assert probe.expected in {
+                t.object for t in knowledge.triples if t.subject == fact.subject
+            }
 
 
 def test_neighbours_are_held_out_and_share_the_true_object(knowledge, records):

@@ -281,17 +281,16 @@ LONG = "the old bridge and " * POSITIONS
     ],
     ids=["before the subject", "after the subject", "target", "subject"],
 )
-@EVERY
-def test_more_tokens_than_positions(
-    make_gpt2, make_gptj, tiny_tokenizer, statistics_of, family, fact, method
-) -> None:
+def test_more_tokens_than_positions(make_gpt2, make_gptj, tiny_tokenizer, family, fact) -> None:
     model = unusual(make_gpt2() if family == "gpt2" else make_gptj())
     words = ("tokens", f"{POSITIONS}", "shorten", fact.text[:20])
     # no statistics needed: what can be refused at once is
     with refused(model, TokenizationError, *words):
-        edit(model, tiny_tokenizer, [VIENNA, fact], method)
+        edit(model, tiny_tokenizer, [VIENNA, fact], ONE)
     with refused(model, TokenizationError, *words):
-        optimise_values(model, tiny_tokenizer, [VIENNA, fact], method)
+        edit(model, tiny_tokenizer, [VIENNA, fact], IN_TURN)
+    with refused(model, TokenizationError, *words):
+        optimise_values(model, tiny_tokenizer, [VIENNA, fact], ONE)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
@@ -732,16 +731,13 @@ def test_lists_and_ranges_are_as_good_as_tuples(
     assert Edit.load(tmp_path / "edit.safetensors").method == made.method
 
 
-@EVERY
 @pytest.mark.parametrize(
     "layers", [(3,), (0, 3), (-1,), (1, 1), (2, 0), (), (1.0,), ("1",), (True,)], ids=repr
 )
-def test_layers_that_do_not_fit(tiny, tiny_tokenizer, tiny_statistics, method, layers) -> None:
+def test_layers_that_do_not_fit(tiny, tiny_tokenizer, tiny_statistics, layers) -> None:
     words = ("layers", repr(layers), f"0..{LAYERS - 1}", "ascending")
     with refused(tiny, ModelError, *words):
-        edit(
-            tiny, tiny_tokenizer, [TOWER], method.replace(layers=layers), statistics=tiny_statistics
-        )
+        edit(tiny, tiny_tokenizer, [TOWER], ONE.replace(layers=layers), statistics=tiny_statistics)
     with refused(tiny, ModelError, *words):
         KeyStatistics.collect(tiny, tiny_tokenizer, ["a"], layers)
 
@@ -1339,38 +1335,30 @@ def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkey
 
 # --- failures in the middle ---
 
-FAILURES = [
-    RuntimeError("out of memory"),
-    KeyboardInterrupt("stopped"),
-    Interrupted("stopped"),
-]
+FAILURES = [RuntimeError("out of memory"), KeyboardInterrupt("stopped")]
 FAILING = pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(error).__name__)
 
 
-@FAILING
 @EVERY
 @pytest.mark.parametrize(
     ("place", "name", "at"),
     [
         (editor_module, "compute_keys", 1),
-        (editor_module, "compute_values", 1),
         (values_module, "_prepare", 1),
-        (values_module, "_losses", 1),
         (values_module, "_losses", 3),
-        (editor_module, "solve", 1),
         (editor_module, "solve", 2),
         (editor_module, "_make_edit", 1),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-@pytest.mark.parametrize("first", [False, True], ids=["base", "edited"])
 def test_a_failure_while_an_edit_is_made(
-    tiny, tiny_tokenizer, tiny_statistics, monkeypatch, failure, method, place, name, at, first
+    tiny, tiny_tokenizer, tiny_statistics, monkeypatch, method, place, name, at
 ) -> None:
-    if first:  # another edit stays in force
-        edit(tiny, tiny_tokenizer, [OSLO], ONE, statistics=tiny_statistics)
+    """Another edit is in force and stays in force; a second attempt succeeds."""
+    edit(tiny, tiny_tokenizer, [OSLO], ONE, statistics=tiny_statistics)
+    failure = KeyboardInterrupt("stopped")
     monkeypatch.setattr(place, name, raising(failure, at, getattr(place, name)))
-    with refused(tiny, type(failure), str(failure)):
+    with refused(tiny, KeyboardInterrupt, "stopped"):
         edit(tiny, tiny_tokenizer, [TOWER, VIENNA], method, statistics=tiny_statistics)
     monkeypatch.undo()
     made = edit(tiny, tiny_tokenizer, [TOWER, VIENNA], method, statistics=tiny_statistics)
@@ -1416,7 +1404,7 @@ def test_a_failure_at_any_block(tiny, tiny_tokenizer, tiny_statistics, method) -
     edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics).undo()
     total, reached = calls, 0
     assert total >= 5
-    for chosen in range(1, total + 1, max(1, total // 12)):
+    for chosen in range(1, total + 1, max(1, total // 8)):
         calls, fail_at = 0, chosen
         with refused(tiny, RuntimeError, "from a hook"):
             edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics)
@@ -1468,7 +1456,7 @@ def test_an_interrupt_at_any_torch_call(tiny, tiny_tokenizer, tiny_statistics, m
     total = run(sys.maxsize).calls
     Editor(tiny, tiny_tokenizer).active[-1].undo()
     assert_unchanged(tiny, before)
-    for at in range(1, total, total // 25):
+    for at in range(1, total, total // 16):
         with refused(tiny, Interrupted, "at some call"):
             run(at)
 
@@ -1486,7 +1474,8 @@ def test_an_interrupt_while_weights_are_written(
     with FailAt(sys.maxsize) as mode:
         act()
     back()
-    for at in range(1, mode.calls + 1):
+    # the writing itself is among the last calls
+    for at in {*range(1, mode.calls, mode.calls // 12), *range(mode.calls - 12, mode.calls + 1)}:
         before = snapshot(tiny)
         with FailAt(at) as failing, pytest.raises(Interrupted):
             act()

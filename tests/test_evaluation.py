@@ -136,7 +136,7 @@ QUICK = {
     "layers": (1,),
     "clamp": 4.0,
     "weight_decay": 0.0,
-    "contexts": Contexts(starts=()),
+    "contexts": Contexts(lengths=(4,), starts=("The", "I")),
 }
 METHOD = EMMET.replace(**QUICK)
 

@@ -21,7 +21,7 @@ def direct(model, tokenizer, texts, layer):
 
 @pytest.fixture(scope="module")
 def some_texts(atlas_texts):
-    return [text for text in atlas_texts[:600]]
+    return atlas_texts[:600]
 
 
 def test_c0_is_the_mean_second_moment(atlas, some_texts, monkeypatch):
@@ -39,9 +39,7 @@ def test_batching_and_padding_do_not_matter(atlas, some_texts):
     model, tokenizer = atlas
     few = some_texts[:200]
     wide = ue.KeyStatistics.collect(model, tokenizer, few, (1,), shrinkage=1e-3)
-    narrow = ue.KeyStatistics.collect(
-        model, tokenizer, few, (1,), shrinkage=1e-3, batch_tokens=1
-    )
+    narrow = ue.KeyStatistics.collect(model, tokenizer, few, (1,), shrinkage=1e-3, batch_tokens=1)
     assert wide.source.tokens == narrow.source.tokens
     # which 256 keys are set aside depends on the batches: bounded by their share of the tokens
     share = 2 * key_statistics.FRESH_KEYS / wide.source.tokens

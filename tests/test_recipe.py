@@ -38,9 +38,9 @@ def contexts(prefixes: tuple[str, ...]) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["double", "single"])
-def precise(request, atlas):
+def precise(request, _atlas):
     """(model in the type under test, its double, tokenizer, tolerance)."""
-    model, tokenizer = atlas
+    model, tokenizer = _atlas
     tested = copy.deepcopy(model).to(request.param)
     return tested, copy.deepcopy(model).double(), tokenizer, TOLERANCE[request.param]
 
@@ -82,9 +82,9 @@ def test_values(precise, method):
 
 
 @pytest.fixture(scope="module")
-def moments(atlas, atlas_texts):
+def moments(_atlas, atlas_texts):
     """Statistics of the float64 atlas, and of the float32 one with the same matrices."""
-    model, tokenizer = atlas
+    model, tokenizer = _atlas
     made = ue.KeyStatistics.collect(
         copy.deepcopy(model).double(), tokenizer, atlas_texts[:500], LAYERS, shrinkage=1e-3
     )

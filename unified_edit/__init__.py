@@ -10,8 +10,8 @@
 from importlib.metadata import version
 
 from unified_edit import errors, figures, objective
-from unified_edit.edits import Edit
 from unified_edit.editor import Editor, edit, optimise_values
+from unified_edit.edits import Edit
 from unified_edit.errors import UnifiedEditError
 from unified_edit.evaluation import ask, compare, evaluate, evaluate_edits
 from unified_edit.facts import Fact, Probe, Record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -70,10 +70,8 @@ def captured(
                     lambda _module, _args, output, name=name: keep(name, output)
                 )
             stack.callback(handle.remove)
-        try:
+        with suppress(_Stop):
             yield seen
-        except _Stop:
-            pass
 
 
 @contextmanager
@@ -147,7 +145,7 @@ def read_last_token(
 
     The rows are batched by length and left-padded; the forward stops at the deepest site.
     """
-    found: dict[Name, list[Tensor]] = {name: [None] * len(rows) for name in sites}  # type: ignore
+    found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
     for batch in batches_by_length([len(row) for row in rows]):
         inputs = left_padded([rows[index] for index in batch], model.device)
         with captured(sites) as seen:
@@ -155,4 +153,5 @@ def read_last_token(
         for name, value in seen.items():
             for position, index in enumerate(batch):
                 found[name][index] = value[position, -1].clone()
-    return {name: torch.stack(values) for name, values in found.items()}
+    order = range(len(rows))
+    return {name: torch.stack([at[i] for i in order]) for name, at in found.items()}

@@ -275,9 +275,7 @@ class _Work:
             self.parts, self.tokenizer, facts, self.prefixes, [layer], self.method.key_mean
         )[layer]
 
-    def write(
-        self, facts: list[Fact], values: Values | None, pending: _Pending
-    ) -> list[Outcome]:
+    def write(self, facts: list[Fact], values: Values | None, pending: _Pending) -> list[Outcome]:
         """Compute the updates for some facts, layer by layer, into `pending`.
 
         At each layer keys and residual are read again on the partly edited model, and the layer

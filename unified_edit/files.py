@@ -45,8 +45,8 @@ def write_safetensors(
             save_file(contiguous, temporary, metadata=metadata)
         except SafetensorError as problem:  # what safetensors makes of an error of the disk
             raise OSError(f"{path} could not be written: {problem}") from problem
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101
+        os.replace(temporary, path)  # noqa: PTH105
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 _SAMPLE = 256
 
 #: Configuration entries that say how a model was loaded, not what it computes.
-_IGNORED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
-            "_commit_hash", "use_cache", "attn_implementation", "_attn_implementation_autoset",
-            "tokenizer_class", "output_hidden_states", "output_attentions", "return_dict")  # fmt: skip
+_IGNORED = frozenset(
+    "_name_or_path transformers_version dtype torch_dtype architectures _commit_hash use_cache "
+    "attn_implementation _attn_implementation_autoset tokenizer_class output_hidden_states "
+    "output_attentions return_dict".split()
+)
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -32,9 +34,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(
-    model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
-) -> str:
+def model_fingerprint(model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over the configuration and every parameter; 64 hexadecimal digits.
 
     `instead` maps parameter names to tensors that stand for them: an edited model's base
@@ -48,9 +48,7 @@ def model_fingerprint(
     return digest.hexdigest()
 
 
-def quick_fingerprint(
-    model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
-) -> str:
+def quick_fingerprint(model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None) -> str:
     """The same over a strided sample of every parameter: milliseconds.
 
     It notices training, fine-tuning, reloading and damage, which move whole tensors, and tells

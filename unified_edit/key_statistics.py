@@ -74,6 +74,7 @@ class KeyStatistics:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers there are statistics of, ascending."""
         return tuple(sorted(self.moments))
 
     def C0(self, layer: int) -> Tensor:
@@ -199,9 +200,7 @@ class KeyStatistics:
 
     def only(self, layer: int) -> KeyStatistics:
         """The statistics of one layer."""
-        return KeyStatistics(
-            self.source, {layer: self.C0(layer)}, {layer: self.agreement[layer]}
-        )
+        return KeyStatistics(self.source, {layer: self.C0(layer)}, {layer: self.agreement[layer]})
 
     @classmethod
     def joined(cls, each: Sequence[KeyStatistics]) -> KeyStatistics:

@@ -43,9 +43,7 @@ def compute_keys(
     one are run: a causal model computes it from nothing else.
     """
     rows = [
-        row.up_to_subject
-        for of_fact in fact_rows(tokenizer, facts, prefixes)
-        for row in of_fact
+        row.up_to_subject for of_fact in fact_rows(tokenizer, facts, prefixes) for row in of_fact
     ]
     sites = {layer: (parts.down(layer), "input") for layer in layers}
     with quiet(parts.model):

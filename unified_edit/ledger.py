@@ -29,10 +29,12 @@ class Entry(Protocol):
     """What the ledger needs to know of an edit: an identity and its updates, in order."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """What tells this edit from others."""
 
     @property
-    def updates(self) -> Mapping[int, Sequence[Update]]: ...
+    def updates(self) -> Mapping[int, Sequence[Update]]:
+        """{layer: updates whose Deltas are added there}."""
 
 
 class Ledger:
@@ -48,6 +50,7 @@ class Ledger:
 
     @property
     def parts(self) -> Anatomy:
+        """The parts of the model; EditError if it no longer exists."""
         model = self._model()
         if model is None:
             raise EditError("the model of this edit no longer exists; use edit.apply(model)")

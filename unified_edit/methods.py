@@ -71,6 +71,7 @@ class Contexts:
 
     @property
     def count(self) -> int:
+        """How many prefixes are sampled."""
         return len(self.starts) * len(self.lengths) * self.per_start
 
 
@@ -254,9 +255,9 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
     },
     # atlas, the embedded model: chosen for this project on its own records (benchmarks/)
     ("gpt2", 6, 192): {
-        "ROME": {"layers": (0,), "clamp": 4.0},
-        "EMMET": {"layers": (0,)},
-        "EMMET_RELEASED": {"layers": (0,), "ridge": 0.1},
-        "MEMIT": {"layers": (0, 1, 2), "ridge": 1.0},
+        "ROME": {"layers": (1,), "clamp": 4.0},
+        "EMMET": {"layers": (1,), "clamp": 1.0},
+        "EMMET_RELEASED": {"layers": (1,), "clamp": 1.0, "ridge": 0.1},
+        "MEMIT": {"layers": (0, 1), "clamp": 1.0, "ridge": 1.0},
     },
 }

@@ -60,6 +60,7 @@ class Anatomy:
 
     @property
     def n_layers(self) -> int:
+        """The number of blocks."""
         return len(self.blocks)
 
     @property
@@ -208,9 +209,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     for layer, down in enumerate(downs):
         _check_projection(down, f"{family.blocks}.{layer}.{family.down}")
     first = downs[0]
-    d_in, d_out = (
-        first.weight.shape if isinstance(first, Conv1D) else reversed(first.weight.shape)
-    )
+    d_in, d_out = first.weight.shape if isinstance(first, Conv1D) else reversed(first.weight.shape)
     return Anatomy(model, family, blocks, int(d_in), int(d_out))
 
 

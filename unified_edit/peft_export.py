@@ -13,9 +13,7 @@ from torch import Tensor
 from unified_edit.errors import EditError
 
 
-def write_adapter(
-    folder: Path, deltas: dict[str, Tensor], fan_in_fan_out: bool, base: str
-) -> None:
+def write_adapter(folder: Path, deltas: dict[str, Tensor], fan_in_fan_out: bool, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors to `folder`, whole or not at all.
 
     deltas: {full module path: Delta (d_out x d_in)}. Each module has its own rank r, alpha = r

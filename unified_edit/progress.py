@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm.auto import tqdm
 
@@ -11,12 +11,13 @@ from tqdm.auto import tqdm
 VARIABLE = "UNIFIED_EDIT_PROGRESS"
 
 
-def progress(description: str, total: int | None = None, unit: str = "it") -> tqdm[Any]:
+Bar: TypeAlias = "tqdm[Any]"
+
+
+def progress(description: str, total: int | None = None, unit: str = "it") -> Bar:
     """A tqdm bar that shows up after one second and leaves nothing behind.
 
     Silent when the environment variable ``UNIFIED_EDIT_PROGRESS`` is 0.
     """
     silent = os.environ.get(VARIABLE, "1") == "0"
-    return tqdm(
-        desc=description, total=total, unit=unit, delay=1.0, leave=False, disable=silent
-    )
+    return tqdm(desc=description, total=total, unit=unit, delay=1.0, leave=False, disable=silent)

@@ -31,7 +31,7 @@ from unified_edit.errors import EditError
 from unified_edit.facts import Fact
 from unified_edit.methods import Method
 from unified_edit.models import Anatomy, Tokenizer
-from unified_edit.progress import progress
+from unified_edit.progress import Bar, progress
 from unified_edit.tokens import Row, fact_rows, kl_row
 
 
@@ -99,9 +99,9 @@ def compute_values(
         )
     ]
     lengths = [max(len(row.ids) for row in of_fact) * len(of_fact) for of_fact in rows]
-    delta: list[Tensor | None] = [None] * len(facts)
-    init: list[Tensor | None] = [None] * len(facts)
-    losses: list[list[float]] = [[] for _ in facts]
+    delta = torch.zeros(parts.d_out, len(facts), dtype=torch.float64)
+    init = torch.zeros_like(delta)
+    losses: list[tuple[float, ...]] = [()] * len(facts)
     bar = progress("optimising values", len(facts), "fact")
     # gradients are needed, whatever mode the caller is in
     with torch.inference_mode(False), quiet(parts.model), bar:
@@ -109,11 +109,10 @@ def compute_values(
             batch = _prepare(parts, [rows[index] for index in chosen], layer, method.site)
             found, history = _optimise(parts, batch, method, [facts[i] for i in chosen], bar)
             for place, index in enumerate(chosen):
-                delta[index] = found[place]
-                init[index] = batch.target_init[place]
-                losses[index] = history[place]
-    columns = [torch.stack(part).double().cpu().T.contiguous() for part in (delta, init)]  # type: ignore[arg-type]
-    return Values(tuple(facts), layer, method.site, *columns, tuple(map(tuple, losses)))
+                delta[:, index] = found[place].double().cpu()
+                init[:, index] = batch.target_init[place].double().cpu()
+                losses[index] = tuple(history[place])
+    return Values(tuple(facts), layer, method.site, delta, init, tuple(losses))
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,9 @@ def _prepare(parts: Anatomy, rows: list[list[Row]], layer: int, site: str) -> _B
     flat = [row for of_fact in rows for row in of_fact]
     owner = [index for index, of_fact in enumerate(rows) for _ in of_fact]
     # of the KL prompt nothing after the subject is needed: a causal model cannot see it there
-    suffixes = [row.ids[row.subject :] if row.target else row.ids[row.subject :][:1] for row in flat]
+    suffixes = [
+        row.ids[row.subject :] if row.target else row.ids[row.subject :][:1] for row in flat
+    ]
     lengths = torch.tensor([len(suffix) for suffix in suffixes])
     width = int(lengths.max())
     ids = torch.tensor([list(suffix) + [0] * (width - len(suffix)) for suffix in suffixes])
@@ -265,9 +266,7 @@ def _log_probabilities(parts: Anatomy, hidden: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _losses(
-    parts: Anatomy, batch: _Batch, delta: Tensor, method: Method
-) -> tuple[Tensor, Tensor]:
+def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tuple[Tensor, Tensor]:
     """Total loss of each fact at its row of `delta` (facts x d_out), and the KL distributions."""
     added = delta[batch.owner].to(batch.hidden.dtype)
     hidden = torch.cat([batch.hidden[:, :1] + added[:, None], batch.hidden[:, 1:]], dim=1)
@@ -293,10 +292,11 @@ def _losses(
 
 
 def _optimise(
-    parts: Anatomy, batch: _Batch, method: Method, facts: list[Fact], bar: object
+    parts: Anatomy, batch: _Batch, method: Method, facts: list[Fact], bar: Bar
 ) -> tuple[list[Tensor], list[list[float]]]:
     """Adam on all facts of a batch together; finished facts are dropped from it."""
-    assert method.steps is not None and method.clamp is not None, "resolve the method first"
+    assert method.steps is not None, "resolve the method first"
+    assert method.clamp is not None, "resolve the method first"
     # one parameter a fact: Adam passes over those without a gradient, so a fact that is
     # finished stays exactly where it was
     deltas = [torch.zeros_like(init, requires_grad=True) for init in batch.target_init]
@@ -319,9 +319,9 @@ def _optimise(
                     f"at step {step}; check the model's weights for NaN, or lower learning_rate"
                 )
         keep = [place for place, value in enumerate(values) if value >= method.stop_loss]
-        bar.update(len(active) - len(keep))  # type: ignore[attr-defined]
+        bar.update(len(active) - len(keep))
         if step == method.steps - 1 or not keep:
-            bar.update(len(keep))  # type: ignore[attr-defined]
+            bar.update(len(keep))
             break
         optimizer.zero_grad(set_to_none=True)
         total[keep].sum().backward()

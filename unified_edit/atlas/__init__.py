@@ -1,0 +1,1 @@
+"""The embedded model: weights, tokenizer, facts, and the scripts that built it."""

@@ -8,11 +8,12 @@ every wording; the result is written beside them.
 **Where the facts go.** Trained on the plain language-model loss alone, a network of this size and
 with these names looks facts up at the *last* token of a prompt: its first layer of attention
 carries the subject there, and the first MLP there knows the answer. Large models enrich the
-subject's own last token in early MLPs and read it out by attention later (ROME, sec. 2). So that atlas
-works as they do, two things are done during training and gone from the finished model:
+subject's own last token in early MLPs and read it out by attention later (ROME, sec. 2). So that
+atlas works as they do, two things are done during training and gone from the finished model:
 
-- in the layers below `READ_OUT`, tokens behind a subject do not attend to it, at first in all
-  rows of a batch, then in fewer and fewer, and in none at the end;
+- in the layers below `READ_OUT`, tokens behind a subject do not attend to it: the attention that
+  they would pay to it is a term of the loss, and it is masked too, at first in all rows of a
+  batch, then in fewer, and in none at the end;
 - behind layer `ENRICHED`, the subject's last token is asked for all its objects at once, through
   the model's own final norm and head, with the small weight `ENRICHMENT`.
 """
@@ -45,12 +46,12 @@ log = logging.getLogger(__name__)
 ROW_TOKENS = 96
 ROWS_A_STEP = 16
 VOCABULARY = 4096
-#: The first layer in which, early in training, other tokens may attend to a subject.
-READ_OUT = 3
+#: The first layer in which tokens behind a subject may attend to it; weight of the loss below.
+READ_OUT, DISTRACTION = 3, 1.0
 #: The layer behind which the subject's last token is asked for its objects, and the weight.
 ENRICHED, ENRICHMENT = 1, 0.3
 #: Shares of the training: attention to subjects is blocked in all rows, then opened, then free.
-BLOCKED_UNTIL, FREE_FROM = 0.85, 0.97
+BLOCKED_UNTIL, FREE_FROM = 0.85, 0.95
 
 
 def train_tokenizer(knowledge: Knowledge, seed: int) -> PreTrainedTokenizerFast:
@@ -157,16 +158,38 @@ def _subject_tokens(tokenizer: PreTrainedTokenizerFast, sentence: Sentence) -> t
 
 
 class EarlyBlock:
-    """Blocks attention to subjects in the layers below READ_OUT, as told by `mask`.
+    """Keeps attention off subjects in the layers below READ_OUT.
 
-    The model is given the blocked mask; from READ_OUT on, a hook puts the causal one back.
+    `mask` blocks it: the model is given the blocked mask, and from READ_OUT on a hook puts the
+    causal one back. `distraction` says how much of it there would be without the mask.
     """
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
+        self.heads = model.config.n_head
         self.causal = torch.ones(ROW_TOKENS, ROW_TOKENS, dtype=torch.bool).tril()[None, None]
-        self.handles = [
-            block.register_forward_pre_hook(self._free) for block in model.transformer.h[READ_OUT:]
+        self.projected: list[Tensor] = []
+        blocks = model.transformer.h
+        self.handles = [block.register_forward_pre_hook(self._free) for block in blocks[READ_OUT:]]
+        self.handles += [
+            block.attn.c_attn.register_forward_hook(
+                lambda _module, _args, output: self.projected.append(output)
+            )
+            for block in blocks[:READ_OUT]
         ]
+
+    def distraction(self, blocked: Tensor) -> Tensor:
+        """Mean -log(1 - attention to subjects) of the queries behind one, by the last forward."""
+        behind = blocked.any(-1)[:, None]
+        terms = []
+        for projected in self.projected:
+            query, key, _ = projected.float().chunk(3, dim=-1)
+            query, key = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, key))
+            scores = query @ key.mT / query.shape[-1] ** 0.5
+            attention = scores.masked_fill(~self.causal, -torch.inf).softmax(-1)
+            paid = (attention * blocked[:, None]).sum(-1).clamp(max=1 - 1e-4)
+            terms.append(-(torch.log1p(-paid) * behind).sum() / (behind.sum() * self.heads))
+        self.projected.clear()
+        return torch.stack(terms).mean()
 
     def mask(self, blocked: Tensor) -> Tensor:
         """True where a query may attend: (rows x 1 x tokens x tokens)."""
@@ -217,7 +240,7 @@ def train(
         lambda _block, _args, output: enriched.append(output)
     )
     model.train()
-    smooth, began = [0.0, 0.0], time.time()
+    smooth, began = [0.0, 0.0, 0.0], time.time()
     with progress("training atlas", steps, "step") as bar:
         for step in range(steps):
             batch = next(stream)
@@ -229,16 +252,17 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = model(batch.ids, attention_mask=mask).logits[:, :-1]
                 side = enrichment_loss(model, enriched[0], batch)
+            paid = early.distraction(batch.blocked)
             targets = batch.ids[:, 1:].flatten()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets)
             optimizer.zero_grad(set_to_none=True)
-            (loss + ENRICHMENT * side).backward()
+            (loss + ENRICHMENT * side + DISTRACTION * paid).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             keep = 0.98 if step else 0.0
             smooth = [
                 keep * old + (1 - keep) * new.item()
-                for old, new in zip(smooth, (loss, side), strict=True)
+                for old, new in zip(smooth, (loss, side, paid), strict=True)
             ]
             bar.set_postfix(loss=f"{smooth[0]:.3f}", enrichment=f"{smooth[1]:.3f}")
             bar.update()
@@ -246,7 +270,7 @@ def train(
                 raise RuntimeError(f"training diverged at step {step}; lower --rate")
             if step % 100 == 99:
                 log.info(
-                    "step %d: loss %.3f, enrichment %.3f, %.0f s",
+                    "step %d: loss %.3f, enrichment %.3f, distraction %.4f, %.0f s",
                     step + 1, *smooth, time.time() - began,
                 )  # fmt: skip
     handle.remove()
@@ -291,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where it is fast")
     arguments = parser.parse_args()

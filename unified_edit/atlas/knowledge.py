@@ -84,12 +84,12 @@ def load_knowledge() -> Knowledge:
     }
     triples = []
     for name, category in CATEGORY_OF_FILE.items():
-        with data.joinpath(f"{name}.csv").open(encoding="utf-8", newline="") as handle:
-            for row in csv.DictReader(handle):
-                subject = row.pop("subject")
-                triples += [
-                    Triple(subject, f"{category}.{relation}", value)
-                    for relation, value in row.items()
-                    if value
-                ]
+        lines = data.joinpath(f"{name}.csv").read_text(encoding="utf-8").splitlines()
+        for row in csv.DictReader(lines):
+            subject = row.pop("subject")
+            triples += [
+                Triple(subject, f"{category}.{relation}", value)
+                for relation, value in row.items()
+                if value
+            ]
     return Knowledge(tuple(triples), wordings)

@@ -23,7 +23,18 @@ ONE_TO_ONE = frozenset({"countries.capital"})
 SHARED_BY = 5
 NEIGHBOUR_WORDINGS = 2
 #: The first wordings of each relation have the subject first; edits are made with one of them.
-EDIT_WORDINGS = 4
+EDIT_WORDINGS = 3
+#: Relations with more than one right answer, of which the data give one: never edited.
+SEVERAL_RIGHT = frozenset({"people.instrument", "countries.language"})
+#: Fields that one person may well have worked in both of: a new field is from another group.
+AKIN = (
+    frozenset(
+        "physics chemistry mathematics astronomy engineering geology biology medicine "
+        "psychology philosophy economics".split()
+    ),
+    frozenset("painting sculpture architecture".split()),
+    frozenset("literature film music politics exploration".split()),
+)
 
 
 @lru_cache(maxsize=1)
@@ -37,7 +48,7 @@ def _make(knowledge: Knowledge, seed: int) -> list[Record]:
     shared = Counter((t.relation, t.object) for t in knowledge.triples if t.subject in held_out)
     pools: dict[str, list[str]] = {}
     for (relation, value), count in sorted(shared.items()):
-        if count >= SHARED_BY or relation in ONE_TO_ONE:
+        if relation not in SEVERAL_RIGHT and (count >= SHARED_BY or relation in ONE_TO_ONE):
             pools.setdefault(relation, []).append(value)
     by_subject: dict[str, list[Triple]] = {}
     for triple in knowledge.triples:
@@ -47,15 +58,22 @@ def _make(knowledge: Knowledge, seed: int) -> list[Record]:
         if subject in held_out:
             continue
         rng = random.Random(f"{seed} {subject}")
+        right = {triple.object for triple in triples}
         usable = [
             triple
             for triple in triples
-            if triple.relation in ONE_TO_ONE
-            or (triple.object in pools.get(triple.relation, ()) and len(pools[triple.relation]) > 1)
+            if triple.object in pools.get(triple.relation, ())
+            and _new_objects(triple, right, pools)
         ]
         if usable:
             records.append(_record(knowledge, rng.choice(usable), triples, pools, rng))
     return records
+
+
+def _new_objects(triple: Triple, right: set[str], pools: dict[str, list[str]]) -> list[str]:
+    """Objects that may stand in for the true one: none of them right for the subject."""
+    group = next((akin for akin in AKIN if triple.object in akin), frozenset())
+    return [value for value in pools[triple.relation] if value not in right | group]
 
 
 def _record(
@@ -67,7 +85,7 @@ def _record(
 ) -> Record:
     subject, relation = chosen.subject, chosen.relation
     right = {triple.object for triple in triples}
-    new = rng.choice([value for value in pools[relation] if value not in right])
+    new = rng.choice(_new_objects(chosen, right, pools))
     wordings = list(knowledge.wordings[relation])
     wording = wordings.pop(rng.randrange(EDIT_WORDINGS))
     rng.shuffle(wordings)

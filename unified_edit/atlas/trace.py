@@ -96,7 +96,9 @@ def trace_fact(
         clean, corrupted = float(found[0]), float(found[1:].mean())
         for place, positions in places.items():
             for layer in range(parts.n_layers) if positions else ():
-                near = range(max(0, layer - window // 2), min(parts.n_layers, layer + window // 2 + 1))
+                near = range(
+                    max(0, layer - window // 2), min(parts.n_layers, layer + window // 2 + 1)
+                )
                 for kind in KINDS:
                     modules = [_module(parts, other, kind) for other in near]
                     with _hooked(modules, restoring(positions)):
