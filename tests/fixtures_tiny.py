@@ -36,7 +36,7 @@ THINGS = ("tower", "museum", "river", "harbour", "garden", "palace", "bridge", "
 
 #: Tokens that the models have room for.
 POSITIONS = 128
-LAYERS = 3
+LAYERS = 4
 
 
 def sentences() -> list[str]:

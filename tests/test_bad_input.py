@@ -732,7 +732,7 @@ def test_lists_and_ranges_are_as_good_as_tuples(
 
 
 @pytest.mark.parametrize(
-    "layers", [(3,), (0, 3), (-1,), (1, 1), (2, 0), (), (1.0,), ("1",), (True,)], ids=repr
+    "layers", [(LAYERS,), (0, LAYERS), (-1,), (1, 1), (2, 0), (), (1.0,), ("1",), (True,)], ids=repr
 )
 def test_layers_that_do_not_fit(tiny, tiny_tokenizer, tiny_statistics, layers) -> None:
     words = ("layers", repr(layers), f"0..{LAYERS - 1}", "ascending")
@@ -771,6 +771,19 @@ def test_a_ridge_without_a_published_value(tiny, tiny_tokenizer, tiny_statistics
 def test_things_that_are_no_statistics(tiny, tiny_tokenizer, thing) -> None:
     with refused(tiny, StatisticsError, type(thing).__name__, "KeyStatistics"):
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=thing)
+
+
+@EVERY
+def test_the_last_layer(tiny, tiny_tokenizer, tiny_statistics, method) -> None:
+    """A value there is read by no later token; only a subject that ends its prompt can use it."""
+    last = method.replace(layers=(LAYERS - 1,))
+    words = (f"layer {LAYERS - 1}", "last", repr(TOWER.text), "'Rome'", "earlier layer")
+    with refused(tiny, MethodError, *words):
+        edit(tiny, tiny_tokenizer, [TOWER], last, statistics=tiny_statistics)
+    with refused(tiny, MethodError, *words):
+        optimise_values(tiny, tiny_tokenizer, [TOWER], last)
+    at_the_end = Fact("I have seen {}", "the tower", "Rome")
+    assert edit(tiny, tiny_tokenizer, [at_the_end], last, statistics=tiny_statistics).is_applied
 
 
 # --- values ---
@@ -931,7 +944,7 @@ def test_statistics_that_are_no_second_moment(
     moments = {layer: moment.clone() for layer, moment in tiny_statistics.moments.items()}
     moments[1][0, 1] = float("nan") if damage == "nan" else 1e6
     stats = replace(tiny_statistics, moments=moments, _metrics={})
-    with refused(tiny, StatisticsError, "layer 1", "C0", "collect"):
+    with refused(tiny, StatisticsError, "layer 1", "C0", "Collect"):
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=stats)
 
 
@@ -1146,6 +1159,20 @@ def test_edits_whose_description_is_malformed(ready_made, tmp_path) -> None:
     load_with(good, {**tensors, right: tensors[right] * float("nan")})
 
 
+def test_a_loaded_thing_does_not_follow_its_file(stored, tmp_path) -> None:
+    """Tensors of safetensors may lie in the file itself; the library's do not."""
+    path, load, _ = stored
+    thing = load(path)
+    copy = tmp_path / "kept.safetensors"
+    thing.save(copy)
+    with path.open("r+b") as file:  # the same file, not a new one under its name
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\xff" * 64)
+    again = tmp_path / "again.safetensors"
+    thing.save(again)
+    assert same_content(again, copy)
+
+
 def test_an_edit_whose_matrices_were_exchanged(tiny, ready_made, tmp_path) -> None:
     """A file that is whole and well-formed, but does not do what it says."""
     path = edit_file(ready_made, tmp_path)
@@ -1169,7 +1196,7 @@ def test_an_edit_in_another_model(make_gpt2, make_gptj, ready_made) -> None:
         "other weights": make_gpt2(seed=1),
         "another type": make_gpt2(dtype=torch.float64),
         "half precision": make_gpt2(dtype=torch.bfloat16),
-        "more layers": make_gpt2(n_layer=4),
+        "more layers": make_gpt2(n_layer=LAYERS + 1),
         "wider": make_gpt2(n_embd=32),
         "another family": make_gptj(),
         "another activation": make_gpt2(activation_function="relu"),
@@ -1283,7 +1310,7 @@ def test_an_edit_that_vanishes_in_rounding(make_gpt2, tiny_tokenizer, statistics
     model = unusual(make_gpt2(dtype=torch.bfloat16))
     stats = statistics_of(model)
     faint = ONE.replace(clamp=1e-6)
-    words = ("layer 1 unchanged", "lost in rounding", "bfloat16", "0.0%", "wider type")
+    words = ("layer 1 unchanged", "lost in rounding", "bfloat16", "of it arrives", "wider type")
     with refused(model, EditError, *words):
         edit(model, tiny_tokenizer, [TOWER], faint, statistics=stats)
     made = edit(model, tiny_tokenizer, [TOWER], faint, statistics=stats, apply=False)
@@ -1311,13 +1338,9 @@ def test_a_fact_that_the_model_says_already(tiny, tiny_tokenizer, tiny_statistic
 def test_an_edit_that_overflows(make_gpt2, tiny_tokenizer, statistics_of) -> None:
     model = unusual(make_gpt2(dtype=torch.float16))
     stats = statistics_of(model)
-    huge = SPREAD.replace(clamp=1e6, learning_rate=3e4, ridge=0.0, kl_weight=0.0, steps=3)
-    before = snapshot(model)
-    with pytest.raises(EditError) as caught:
+    huge = ONE.replace(clamp=1e9, steps=2, learning_rate=6e4)
+    with refused(model, EditError, "layer 1", "overflows torch.float16", "float32"):
         edit(model, tiny_tokenizer, [TOWER], huge, statistics=stats)
-    text = str(caught.value)
-    assert "overflows torch.float16" in text or "loss of" in text
-    assert_unchanged(model, before)
 
 
 def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkeypatch) -> None:
@@ -1398,13 +1421,13 @@ def test_a_failure_at_any_block(tiny, tiny_tokenizer, tiny_statistics, method) -
         if calls == fail_at:
             raise RuntimeError("from a hook")
 
-    tiny.transformer.h[2].register_forward_hook(hook)
+    tiny.transformer.h[LAYERS - 1].register_forward_hook(hook)
     edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics).undo()
     calls = 0  # the second time, what is kept between edits is there already
     edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics).undo()
     total, reached = calls, 0
     assert total >= 5
-    for chosen in range(1, total + 1, max(1, total // 8)):
+    for chosen in range(1, total + 1, max(1, total // 6)):
         calls, fail_at = 0, chosen
         with refused(tiny, RuntimeError, "from a hook"):
             edit(tiny, tiny_tokenizer, FACTS, method, statistics=tiny_statistics)
@@ -1453,10 +1476,11 @@ def test_an_interrupt_at_any_torch_call(tiny, tiny_tokenizer, tiny_statistics, m
         return mode
 
     before = snapshot(tiny)
-    total = run(sys.maxsize).calls
-    Editor(tiny, tiny_tokenizer).active[-1].undo()
+    for _ in range(2):  # the second time, what is kept between edits is there already
+        total = run(sys.maxsize).calls
+        Editor(tiny, tiny_tokenizer).active[-1].undo()
     assert_unchanged(tiny, before)
-    for at in range(1, total, total // 16):
+    for at in range(1, total - 10, total // 10):
         with refused(tiny, Interrupted, "at some call"):
             run(at)
 

@@ -388,9 +388,10 @@ def test_tokens_and_the_default_corpus(run, out, monkeypatch, tiny_texts):
     monkeypatch.setattr(key_statistics, "GROUP", 8)
     base = ("statistics", "--model", "model", "--layers", 0, "--out", out, "--json", "--force")
     default = json.loads(run(*base)[0])["source"]["tokens"]
-    assert 10 * 48 <= default < 10 * 48 + 8 * 40  # the last group of eight is counted whole
-    more = json.loads(run(*base, "--tokens", 1000)[0])["source"]["tokens"]
-    assert 1000 <= more < 1000 + 8 * 40
+    wanted = statistics_cache.TOKENS_PER_DIMENSION * 48
+    assert wanted <= default < wanted + 8 * 40  # the last group of eight is counted whole
+    fewer = json.loads(run(*base, "--tokens", 400)[0])["source"]["tokens"]
+    assert 400 <= fewer < 400 + 8 * 40 < wanted
 
 
 PARAGRAPHS = "One\ntwo\n \n\nthree\n\n"

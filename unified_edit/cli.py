@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole program; each command sets `run` and `parser`."""
     from unified_edit import __version__
     from unified_edit.methods import METHODS
+    from unified_edit.statistics_cache import TOKENS_PER_DIMENSION
 
     def arguments(add_help: bool = False, **options: Any) -> argparse.ArgumentParser:
         return argparse.ArgumentParser(add_help=add_help, allow_abbrev=False, **options)
@@ -202,8 +203,9 @@ examples:
     made.add_argument("--split", choices=("paragraphs", "lines"),
                       help="what one text is in these files")
     made.add_argument("--tokens", type=_whole(1), metavar="N",
-                      help="stop after N tokens (default: all of --texts; ten for each entry of "
-                      "a key from the default corpus)")
+                      help="draw no more texts once N tokens were counted (default: all of "
+                      f"--texts; {TOKENS_PER_DIMENSION} for each entry of a key from the default "
+                      "corpus)")
     made.add_argument("--shrinkage", type=float, default=0.0, metavar="EPS",
                       help="add EPS * tr(C0)/d_k * I, for few tokens (default: 0)")
     made.add_argument("--checkpoint", type=Path, metavar="FILE",

@@ -236,9 +236,22 @@ def _set_up(
     ledger = ledger_of(model)
     ledger.verify()
     check_rows(parts, tokenizer, facts, [""])
+    _check_value_is_read(parts, facts, method)
     if batch and not method.sequential and method.ridge_for(len(facts)) == 0:
         _check_equality_possible(parts, facts, method)
     return parts, ledger, facts, method
+
+
+def _check_value_is_read(parts: Anatomy, facts: list[Fact], method: Method) -> None:
+    """Behind the last block no token sees another one: a value there reaches no later target."""
+    assert method.layers is not None
+    after = next((fact for fact in facts if fact.suffix), None)
+    if method.layers[-1] == parts.n_layers - 1 and after is not None:
+        raise MethodError(
+            f"{method.name} sets values at layer {method.layers[-1]}, the last one: what stands "
+            f"there at the subject of {after.text!r} is read by no later token, so it cannot make "
+            f"the model say {after.target_new!r}. Edit an earlier layer: method.replace(layers=...)"
+        )
 
 
 def _check_equality_possible(parts: Anatomy, facts: list[Fact], method: Method) -> None:

@@ -70,7 +70,8 @@ def read_safetensors(
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            # copies: what is handed out may lie in the file itself and change with it
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as problem:
         raise error(
             f"{path} cannot be read as safetensors ({problem}): it is damaged, truncated or "

@@ -99,12 +99,12 @@ def compute_values(
         )
     ]
     lengths = [max(len(row.ids) for row in of_fact) * len(of_fact) for of_fact in rows]
-    delta = torch.zeros(parts.d_out, len(facts), dtype=torch.float64)
-    init = torch.zeros_like(delta)
     losses: list[tuple[float, ...]] = [()] * len(facts)
     bar = progress("optimising values", len(facts), "fact")
     # gradients are needed, whatever mode the caller is in
     with torch.inference_mode(False), quiet(parts.model), bar:
+        delta = torch.zeros(parts.d_out, len(facts), dtype=torch.float64)
+        init = torch.zeros_like(delta)
         for chosen in batches_by_length(lengths):
             batch = _prepare(parts, [rows[index] for index in chosen], layer, method.site)
             found, history = _optimise(parts, batch, method, [facts[i] for i in chosen], bar)
