@@ -637,6 +637,25 @@ def test_a_family_that_puts_a_norm_behind_the_mlp(tiny, tiny_tokenizer, statisti
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=stats)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"return_dict": False}, {"use_cache": False}, {"output_hidden_states": True},
+        {"output_attentions": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_configuration_for_other_outputs(tiny, tiny_tokenizer, tiny_statistics, setting) -> None:
+    """What a model is asked to return by default changes no edit."""
+    expected = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics).undo()
+    for name, value in setting.items():
+        setattr(tiny.config, name, value)
+    before = snapshot(tiny)
+    made = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics, seed=0).undo()
+    assert_unchanged(tiny, before)
+    assert torch.allclose(made.delta(1), expected.delta(1), rtol=0, atol=1e-5)
+
+
 def test_inside_inference_mode(tiny, tiny_tokenizer, tiny_statistics) -> None:
     """Gradients are needed; a caller's own mode must neither break the edit nor be changed."""
     with torch.inference_mode():
@@ -1338,9 +1357,14 @@ def test_a_fact_that_the_model_says_already(tiny, tiny_tokenizer, tiny_statistic
 def test_an_edit_that_overflows(make_gpt2, tiny_tokenizer, statistics_of) -> None:
     model = unusual(make_gpt2(dtype=torch.float16))
     stats = statistics_of(model)
-    huge = ONE.replace(clamp=1e9, steps=2, learning_rate=6e4)
+    wild = ONE.replace(clamp=1e9, learning_rate=1e6)
+    words = ("loss", repr(TOWER.text), "nan", "step 1", "learning_rate")
+    with refused(model, EditError, *words):
+        edit(model, tiny_tokenizer, [TOWER], wild, statistics=stats)
+    values = optimise_values(model, tiny_tokenizer, [TOWER], ONE)
+    values = replace(values, delta=1e6 * values.delta)
     with refused(model, EditError, "layer 1", "overflows torch.float16", "float32"):
-        edit(model, tiny_tokenizer, [TOWER], huge, statistics=stats)
+        edit(model, tiny_tokenizer, [TOWER], ONE, statistics=stats, values=values)
 
 
 def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkeypatch) -> None:
@@ -1753,6 +1777,69 @@ def test_success_leaves_nothing_but_the_weights(
     optimise_values(model, tiny_tokenizer, FACTS, method)
     assert_unchanged(model, before)
     check_finite(parts)
+
+
+def flip_training(model: nn.Module) -> None:
+    model.transformer.h[1].attn.train(not model.transformer.h[1].attn.training)
+
+
+def flip_gradients(model: nn.Module) -> None:
+    model.transformer.ln_f.weight.requires_grad_(False)
+
+
+def leave_a_hook(model: nn.Module) -> None:
+    model.transformer.h[2].mlp.register_forward_pre_hook(lambda *_: None)
+
+
+def leave_a_forward(model: nn.Module) -> None:
+    model.transformer.h[2].forward = model.transformer.h[2].forward
+
+
+def remove_a_forward(model: nn.Module) -> None:
+    del model.transformer.h[0].forward
+
+
+def change_one_bit(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nextafter(
+            model.transformer.ln_f.weight[3], torch.tensor(9.0)
+        )
+
+
+def negative_zero(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.transformer.ln_f.bias[3] = -0.0
+
+
+def exchange_a_weight(model: nn.Module) -> None:
+    model.transformer.ln_f.weight = nn.Parameter(model.transformer.ln_f.weight.detach().clone())
+
+
+def leave_a_gradient(model: nn.Module) -> None:
+    model.transformer.ln_f.weight.grad = torch.zeros(24)
+
+
+def draw_a_number(model: nn.Module) -> None:
+    torch.rand(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_training, flip_gradients, leave_a_hook, leave_a_forward, remove_a_forward,
+        change_one_bit, negative_zero, exchange_a_weight, leave_a_gradient, draw_a_number,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_the_snapshot_sees(tiny, change) -> None:
+    """All of the above says nothing if the comparison is blind."""
+    with torch.no_grad():
+        tiny.transformer.ln_f.bias[3] = 0.0
+    before = snapshot(tiny)
+    assert_unchanged(tiny, before)
+    change(tiny)
+    with pytest.raises(AssertionError, match="changed: "):
+        assert_unchanged(tiny, before)
 
 
 def test_places_are_single_tokens(tiny_tokenizer) -> None:

@@ -93,15 +93,15 @@ def stubbed(blocks: Sequence[nn.Module], last_output: Tensor, as_tuple: bool) ->
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks[:-1]:
-            block.forward = passing  # type: ignore[method-assign]
-        blocks[-1].forward = returning  # type: ignore[method-assign]
+            block.forward = passing
+        blocks[-1].forward = returning
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):
             if forward is None:
                 block.__dict__.pop("forward", None)
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:

@@ -55,7 +55,13 @@ def sample_prefixes(
                 # the end-of-text token that stands for "no start" is not part of the prefix
                 wanted = length if start else length + 1
                 while rows.shape[1] < wanted:
-                    logits = model(rows, use_cache=False).logits[:, -1].float().cpu()
+                    seen = torch.ones_like(rows)
+                    logits = (
+                        model(rows, attention_mask=seen, use_cache=False)
+                        .logits[:, -1]
+                        .float()
+                        .cpu()
+                    )
                     if not torch.isfinite(logits).all():
                         raise ModelError(
                             "the model's logits are not finite: its weights are damaged or its "

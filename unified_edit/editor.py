@@ -96,7 +96,9 @@ def edit(
                 _check_values(values, facts, method, state, prefixes)
                 values = values.of(facts)
             found = work.write(facts, values, pending)
-    updates = {layer: (merged(pending.updates[layer]),) for layer in layers}
+    updates: dict[int, tuple[Update, ...]] = {
+        layer: (merged(pending.updates[layer]),) for layer in layers
+    }
     made = _make_edit(work, facts, updates, found, seed, state)
     if apply:
         made.apply()

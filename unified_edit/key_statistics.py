@@ -487,7 +487,7 @@ def _finish(
         made.metric(layer)  # refuses what has no Cholesky factor while its cause is still known
         if not agreement[layer] <= 0.1:
             log.warning(
-                "C0 of layer %d has not converged: halves of the text disagree by %.2g on fresh "
+                "C0 of layer %d has not converged: halves of the text disagree by %.3g on fresh "
                 "keys (0.1 is converged); more text makes edits more specific",
                 layer,
                 agreement[layer],

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.contexts import sample_prefixes
-from unified_edit.errors import EditError, ModelChangedError
+from unified_edit.errors import EditError, MethodError, ModelChangedError
 from unified_edit.fingerprints import model_fingerprint, quick_fingerprint, tensor_hash
 from unified_edit.methods import Contexts
 from unified_edit.models import Anatomy, Tokenizer, anatomy
@@ -165,6 +165,8 @@ class Ledger:
 
     def prefixes(self, tokenizer: Tokenizer, spec: Contexts, seed: int) -> tuple[str, ...]:
         """Sampled prefixes of the base model, made once per specification and seed."""
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise MethodError(f"seed is {seed!r}; it must be a whole number of at most 64 bits")
         if (spec, seed) not in self._prefixes:
             with self.base_state():
                 model = self.parts.model

@@ -199,7 +199,7 @@ class Method:
     def from_dict(cls, values: dict[str, Any]) -> Method:
         """Inverse of `to_dict`."""
         values = dict(values)
-        contexts = {
+        contexts: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.pop("contexts").items()
         }

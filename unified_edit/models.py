@@ -105,6 +105,11 @@ class Anatomy:
         """The module whose output is the value: ``"block"`` or ``"mlp"`` of `layer`."""
         return self.blocks[layer] if site == "block" else self.mlp(layer)
 
+    @property
+    def embeddings(self) -> Tensor:
+        """The token embeddings: (vocabulary x width)."""
+        return cast(Tensor, self.model.get_input_embeddings().weight)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (... x vocabulary) of final hidden states (... x d_out)."""
         return cast(Tensor, self.model.get_output_embeddings()(hidden))
@@ -209,8 +214,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     for layer, down in enumerate(downs):
         _check_projection(down, f"{family.blocks}.{layer}.{family.down}")
     first = downs[0]
-    d_in, d_out = first.weight.shape if isinstance(first, Conv1D) else reversed(first.weight.shape)
-    return Anatomy(model, family, blocks, int(d_in), int(d_out))
+    stored = tuple(cast(Tensor, first.weight).shape)
+    d_in, d_out = stored if isinstance(first, Conv1D) else stored[::-1]
+    return Anatomy(model, family, blocks, d_in, d_out)
 
 
 def _check_modules(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,9 +247,10 @@ def _prefix_cache(parts: Anatomy, prefix: dict[str, Tensor]) -> list[tuple[Tenso
     parts.model.base_model(**prefix, past_key_values=made, use_cache=True)
     padding = prefix["attention_mask"][:, None, :, None] == 0
     # a row that is all padding may hold NaN, and 0 * NaN would reach the rest through the mask
+    layers: list[Any] = list(made.layers)
     return [
         (layer.keys.masked_fill(padding, 0.0), layer.values.masked_fill(padding, 0.0))
-        for layer in made.layers
+        for layer in layers
     ]
 
 
@@ -270,7 +272,7 @@ def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tup
     """Total loss of each fact at its row of `delta` (facts x d_out), and the KL distributions."""
     added = delta[batch.owner].to(batch.hidden.dtype)
     hidden = torch.cat([batch.hidden[:, :1] + added[:, None], batch.hidden[:, 1:]], dim=1)
-    with stubbed(parts.blocks[: batch.layer + 1], hidden, batch.as_tuple):
+    with stubbed(list(parts.blocks[: batch.layer + 1]), hidden, batch.as_tuple):
         final = parts.model.base_model(
             input_ids=batch.suffix,
             attention_mask=batch.mask,

@@ -171,7 +171,7 @@ class EarlyBlock:
         blocks = model.transformer.h
         self.handles = [block.register_forward_pre_hook(self._free) for block in blocks[READ_OUT:]]
         self.handles += [
-            block.attn.c_attn.register_forward_hook(
+            block.get_submodule("attn.c_attn").register_forward_hook(
                 lambda _module, _args, output: self.projected.append(output)
             )
             for block in blocks[:READ_OUT]

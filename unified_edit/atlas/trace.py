@@ -71,7 +71,7 @@ def trace_fact(
     }
     rows = torch.tensor([ids] * (1 + SAMPLES))
     generator = torch.Generator().manual_seed(seed)
-    width = parts.model.get_input_embeddings().weight.shape[1]
+    width = parts.embeddings.shape[1]
     noise = scale * torch.randn(SAMPLES, last + 1 - first, width, generator=generator)
 
     def corrupt(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -80,7 +80,11 @@ def trace_fact(
         return output
 
     def probabilities() -> Tensor:
-        return parts.model(rows).logits[:, -1].softmax(-1)[:, row.target[0]]
+        return (
+            parts.model(rows, attention_mask=torch.ones_like(rows))
+            .logits[:, -1]
+            .softmax(-1)[:, row.target[0]]
+        )
 
     def restoring(positions: list[int]) -> Any:
         def restore(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -127,7 +131,7 @@ def main() -> None:
         Fact(rng.choice(knowledge.wordings[t.relation][:4]), subject=t.subject, target_new=t.object)
         for t in triples[: arguments.facts]
     ]
-    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = parts.embeddings.detach()
     words = {i for fact in facts for i in tokenizer(fact.subject)["input_ids"]}
     scale = NOISE * float(embeddings[sorted(words)].std())
     sums: dict[tuple[str, int, str], list[float]] = defaultdict(list)
