@@ -322,7 +322,7 @@ class SlowTokenizer:
     pad_token_id = 0
 
 
-@pytest.mark.parametrize("tokenizer", [SlowTokenizer(), None, "gpt2"], ids=repr)
+@pytest.mark.parametrize("tokenizer", [SlowTokenizer(), None, "gpt2"], ids=["slow", "none", "name"])
 def test_no_fast_tokenizer(tiny, tiny_texts, tiny_statistics, tokenizer) -> None:
     with refused(tiny, TokenizationError, type(tokenizer).__name__, "fast", "AutoTokenizer"):
         edit(tiny, tokenizer, [TOWER], ONE, statistics=tiny_statistics)
@@ -637,21 +637,13 @@ def test_a_family_that_puts_a_norm_behind_the_mlp(tiny, tiny_tokenizer, statisti
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=stats)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"return_dict": False}, {"use_cache": False}, {"output_hidden_states": True},
-        {"output_attentions": True},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_configuration_for_other_outputs(tiny, tiny_tokenizer, tiny_statistics, setting) -> None:
+@pytest.mark.parametrize("name", ["return_dict", "use_cache", "output_hidden_states"])
+def test_a_configuration_for_other_outputs(tiny, tiny_tokenizer, tiny_statistics, name) -> None:
     """What a model is asked to return by default changes no edit."""
     expected = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics).undo()
-    for name, value in setting.items():
-        setattr(tiny.config, name, value)
+    setattr(tiny.config, name, name == "output_hidden_states")
     before = snapshot(tiny)
-    made = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics, seed=0).undo()
+    made = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics).undo()
     assert_unchanged(tiny, before)
     assert torch.allclose(made.delta(1), expected.delta(1), rtol=0, atol=1e-5)
 
@@ -782,6 +774,14 @@ def test_a_model_without_published_settings(tiny, tiny_tokenizer, tiny_statistic
 def test_a_ridge_without_a_published_value(tiny, tiny_tokenizer, tiny_statistics) -> None:
     with refused(tiny, MethodError, "MEMIT", "ridge", "method.replace(ridge="):
         edit(tiny, tiny_tokenizer, [TOWER], MEMIT.replace(layers=(1,)), statistics=tiny_statistics)
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, "0", [0], 2**70, True], ids=repr)
+def test_a_wrong_seed(tiny, tiny_tokenizer, tiny_statistics, seed) -> None:
+    with refused(tiny, MethodError, "seed", repr(seed), "whole number"):
+        edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics, seed=seed)
+    with refused(tiny, MethodError, "seed", repr(seed), "whole number"):
+        optimise_values(tiny, tiny_tokenizer, [TOWER], ONE, seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_convergence_tells_little_text_from_much(atlas, atlas_texts):
         ue.KeyStatistics.collect(
             model, tokenizer, atlas_texts, (0,), tokens=factor * d, shrinkage=1e-6
         ).convergence(0)
-        for factor in (3, 12)
+        for factor in (3, 27)  # it falls like one over the square root
     ]
     assert agreement[0] > 2 * agreement[1]
 

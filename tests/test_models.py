@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import unified_edit as ue
 from unified_edit.activations import left_padded, read_last_token
 from unified_edit.editor import optimise_values
-from unified_edit.errors import ModelError, TokenizationError
+from unified_edit.errors import ModelError
 from unified_edit.keys import compute_keys
 from unified_edit.ledger import ledger_of
 from unified_edit.models import anatomy
@@ -199,12 +199,3 @@ def test_a_model_that_is_not_there(tmp_path):
         ue.load_model(str(tmp_path / "nothing"))
     with pytest.raises(ModelError, match="not a torch type"):
         ue.load_model("atlas", dtype="float33")
-
-
-def test_a_tokenizer_that_is_not_fast(folder):
-    model, path = folder
-    model.save_pretrained(path)
-    for file in path.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises((ModelError, TokenizationError)):
-        ue.load_model(str(path))

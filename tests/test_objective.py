@@ -515,6 +515,7 @@ def test_any_floating_type_is_solved_in_float64_and_inputs_are_left_alone(
     update = solve(C0, K, R)
     assert update.delta.dtype == update.left.dtype == update.right.dtype == torch.float64
     assert not update.delta.requires_grad
+    assert not Metric(C0).factor.requires_grad
     expected = reference.emmet_delta(C0_double, K.detach(), R)
     # Rounded to eight bits, K keeps its condition of about 10 within a factor of two.
     assert close(update.delta, expected, SLACK * EPS * 10 * 20**2)

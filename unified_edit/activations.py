@@ -16,6 +16,10 @@ Name = TypeVar("Name", bound=Hashable)
 BATCH_TOKENS = 8192
 
 
+#: Passed to every forward: what the model's configuration says about outputs does not matter.
+PLAIN_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+
+
 class _Stop(Exception):
     """Raised by a hook when everything that was asked for has been seen."""
 
@@ -149,7 +153,7 @@ def read_last_token(
     for batch in batches_by_length([len(row) for row in rows]):
         inputs = left_padded([rows[index] for index in batch], model.device)
         with captured(sites) as seen:
-            model.base_model(**inputs, use_cache=False)
+            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         for name, value in seen.items():
             for position, index in enumerate(batch):
                 found[name][index] = value[position, -1].clone()

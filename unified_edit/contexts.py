@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from unified_edit.activations import quiet
+from unified_edit.activations import PLAIN_OUTPUT, quiet
 from unified_edit.errors import MethodError, ModelError, TokenizationError
 from unified_edit.methods import Contexts
 from unified_edit.models import Tokenizer, anatomy
@@ -57,7 +57,7 @@ def sample_prefixes(
                 while rows.shape[1] < wanted:
                     seen = torch.ones_like(rows)
                     logits = (
-                        model(rows, attention_mask=seen, use_cache=False)
+                        model(rows, attention_mask=seen, use_cache=False, **PLAIN_OUTPUT)
                         .logits[:, -1]
                         .float()
                         .cpu()

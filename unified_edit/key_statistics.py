@@ -20,7 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.activations import batches_by_length, captured, left_padded, quiet
+from unified_edit.activations import (
+    PLAIN_OUTPUT,
+    batches_by_length,
+    captured,
+    left_padded,
+    quiet,
+)
 from unified_edit.errors import (
     NotPositiveDefiniteError,
     ObjectiveError,
@@ -425,7 +431,7 @@ def _add_group(
     for position, batch in enumerate(batches_by_length([len(row) for row in rows], batch_tokens)):
         inputs = left_padded([rows[index] for index in batch], parts.model.device)
         with captured(sites) as seen:
-            parts.model.base_model(**inputs, use_cache=False)
+            parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         real = inputs["attention_mask"].bool()
         keys = {layer: value[real] for layer, value in seen.items()}
         for layer, value in keys.items():

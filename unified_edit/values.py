@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from unified_edit.activations import batches_by_length, captured, left_padded, quiet, stubbed
+from unified_edit.activations import (
+    PLAIN_OUTPUT,
+    batches_by_length,
+    captured,
+    left_padded,
+    quiet,
+    stubbed,
+)
 from unified_edit.errors import EditError
 from unified_edit.facts import Fact
 from unified_edit.methods import Method
@@ -216,6 +223,7 @@ def _prepare(parts: Anatomy, rows: list[list[Row]], layer: int, site: str) -> _B
                     position_ids=positions,
                     past_key_values=_fresh(cache),
                     use_cache=True,
+                    **PLAIN_OUTPUT,
                 )
         finally:
             handle.remove()
@@ -244,7 +252,7 @@ def _prefix_cache(parts: Anatomy, prefix: dict[str, Tensor]) -> list[tuple[Tenso
     if prefix["input_ids"].shape[1] == 0:
         return []
     made = DynamicCache(config=parts.model.config)
-    parts.model.base_model(**prefix, past_key_values=made, use_cache=True)
+    parts.model.base_model(**prefix, past_key_values=made, use_cache=True, **PLAIN_OUTPUT)
     padding = prefix["attention_mask"][:, None, :, None] == 0
     # a row that is all padding may hold NaN, and 0 * NaN would reach the rest through the mask
     layers: list[Any] = list(made.layers)
@@ -279,6 +287,7 @@ def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tup
             position_ids=batch.positions,
             past_key_values=_fresh(batch.cache),
             use_cache=True,
+            **PLAIN_OUTPUT,
         ).last_hidden_state
     at_targets = _log_probabilities(parts, final[batch.target_row, batch.target_place])
     chosen = at_targets.gather(1, batch.target_id[:, None]).squeeze(1)
