@@ -133,8 +133,11 @@ def test_whole_edits(precise, moments, name):
 def test_rome_is_emmet_for_one_fact(atlas, atlas_statistics):
     """With the same key, site and contexts, one fact: nothing is left that tells them apart."""
     model, tokenizer = atlas
-    common = {"layers": (1,), "contexts": ue.EMMET.contexts, "key_mean": "typed", "site": "block"}
-    rome = ue.ROME.replace(**common, clamp=0.75)
+    common = {
+        "layers": (1,), "contexts": ue.EMMET.contexts, "key_mean": "typed", "site": "block",
+        "clamp": 0.75,
+    }  # fmt: skip
+    rome = ue.ROME.replace(**common)
     deltas = [
         ue.edit(model, tokenizer, FACTS[:1], method, statistics=atlas_statistics, apply=False)
         for method in (rome, ue.EMMET.replace(**common))
