@@ -186,8 +186,8 @@ examples:
     made = command(run_statistics, "collect C0, the second moment of keys of ordinary text", f"""\
 Each text stands alone. In a file, blank lines stand between texts, which may go over several
 lines; in a file without blank lines between others, each line is a text. --split says which it is
-where that rule is wrong. About ten tokens for each entry of a key are enough; fewer than two are
-refused, unless --shrinkage is given.
+where that rule is wrong. Ten tokens for each entry of a key serve, twenty are the default; fewer
+than two are refused, unless --shrinkage is given.
 
 examples:
   {PROGRAM} statistics --layers 0 1 2 --out atlas.safetensors

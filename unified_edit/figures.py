@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from unified_edit.errors import FactError, UnifiedEditError
 
@@ -186,7 +186,7 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
                 markersize=3,
                 label=fill(label, LABEL_WIDTH) if named else None,
             )
-        stop = edit.method.stop_loss
+        stop = cast(float, edit.method.stop_loss)  # the method of an edit is resolved
         dots = (0, (1, 3))
         ax.axhline(stop, color="black", linewidth=1, linestyle=dots, label=f"stop at {stop:g}")
         ax.set_yscale("log")

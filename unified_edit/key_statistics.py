@@ -291,6 +291,11 @@ class _Sums:
             self.halves[layer][half].add_((rest.T @ rest).cpu())
         self.counts[half] += len(next(iter(keys.values()))) - taken
 
+    @property
+    def seen(self) -> int:
+        """Tokens taken so far, those set aside included."""
+        return sum(self.counts) + len(next(iter(self.fresh.values())))
+
     def save(self, path: Path, description: dict[str, Any]) -> None:
         tensors = {
             f"{half}.{layer}": sums
@@ -346,6 +351,16 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
+def _first(tokenizer: Tokenizer, group: list[str], wanted: int, max_tokens: int) -> list[str]:
+    """The first texts of a group that have `wanted` tokens together; all, if they have fewer."""
+    total = 0
+    for place, ids in enumerate(tokenizer(group)["input_ids"]):
+        total += min(len(ids), max_tokens)
+        if total >= wanted:
+            return group[: place + 1]
+    return group
+
+
 def _collect(
     parts: Anatomy,
     tokenizer: Tokenizer,
@@ -378,8 +393,13 @@ def _collect(
     with quiet(model), torch.no_grad(), progress("collecting keys", None, "token") as bar:
         number = -1
         for number, group in enumerate(_groups(texts)):
-            if number >= skipped and wanted is not None and sum(sums.counts) >= wanted:
-                break
+            last = False
+            if number >= skipped and wanted is not None:
+                missing = wanted + FRESH_KEYS - sums.seen
+                if missing <= 0:
+                    break
+                few = _first(tokenizer, group, missing, max_tokens)
+                last, group = len(few) < len(group), few
             for text in group:
                 sums.digest.update(text.encode() + b"\0")
             sums.texts += len(group)
@@ -391,6 +411,8 @@ def _collect(
             bar.update(tokens)
             sums.groups = number + 1
             since_saved += tokens
+            if last:  # not saved: a checkpoint holds whole groups only
+                break
             if checkpoint is not None and since_saved >= CHECKPOINT_TOKENS:
                 sums.save(checkpoint, description)
                 since_saved = 0
@@ -491,7 +513,15 @@ def _finish(
     made = made.shrunk(shrinkage) if shrinkage else made
     for layer in layers:
         made.metric(layer)  # refuses what has no Cholesky factor while its cause is still known
-        if not agreement[layer] <= 0.1:
+        if agreement[layer] != agreement[layer]:
+            log.warning(
+                "C0 of layer %d: %d tokens are too few to tell whether it has converged (each "
+                "half of the text needs d_k = %d at least); more text makes edits more specific",
+                layer,
+                count,
+                width,
+            )
+        elif not agreement[layer] <= 0.1:
             log.warning(
                 "C0 of layer %d has not converged: halves of the text disagree by %.3g on fresh "
                 "keys (0.1 is converged); more text makes edits more specific",

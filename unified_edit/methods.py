@@ -117,7 +117,7 @@ class Method:
     kl_weight: float = 0.0625
     weight_decay: float | None = None
     clamp: float | None = None
-    stop_loss: float = 0.05
+    stop_loss: float | None = None
     infeasible: Literal["raise", "least_violation"] = "raise"
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class Method:
             raise MethodError(
                 f"{self.name}: contexts is {self.contexts!r}; give a Contexts(starts, lengths)"
             )
-        may_be_none = ("ridge", "steps", "weight_decay", "clamp")
+        may_be_none = ("ridge", "steps", "weight_decay", "clamp", "stop_loss")
         for what, fields, fits in _NUMBERS:
             for field in fields:
                 value = getattr(self, field)
@@ -211,7 +211,9 @@ class Method:
 #: Used for a known or unknown model where `SETTINGS` says nothing else: the values shared by
 #: the released settings of MEMIT and EMMET (hparams/*.json of kmeng01/memit and of
 #: scalable-model-editing/unified-model-editing).
-DEFAULTS: dict[str, Any] = {"steps": 20, "weight_decay": 0.5, "clamp": 0.75}
+DEFAULTS: dict[str, Any] = {
+    "steps": 20, "weight_decay": 0.5, "clamp": 0.75, "stop_loss": 0.05,
+}  # fmt: skip
 
 ROME = Method(
     name="ROME",
@@ -256,8 +258,8 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
     # atlas, the embedded model: chosen for this project on its own records (benchmarks/)
     ("gpt2", 6, 192): {
         "ROME": {"layers": (1,), "clamp": 4.0},
-        "EMMET": {"layers": (1,), "clamp": 1.0},
-        "EMMET_RELEASED": {"layers": (1,), "clamp": 1.0, "ridge": 0.1},
-        "MEMIT": {"layers": (0, 1), "clamp": 1.0, "ridge": 1.0},
+        "EMMET": {"layers": (1,), "clamp": 1.25, "stop_loss": 0.02},
+        "EMMET_RELEASED": {"layers": (1,), "clamp": 1.25, "stop_loss": 0.02, "ridge": 0.1},
+        "MEMIT": {"layers": (0, 1), "clamp": 1.25, "stop_loss": 0.02, "ridge": 1.0},
     },
 }

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unified_edit.activations import quiet, read_last_token
 from unified_edit.errors import ModelError, TokenizationError
+from unified_edit.progress import loading
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +315,13 @@ def load_model(
             raise ModelError(f"no tokenizer could be loaded from {name!r}: {problem}") from problem
     check_tokenizer(tokenizer)
     if device is not None:
-        model.to(device)  # type: ignore[arg-type]
+        try:
+            model.to(device)  # type: ignore[arg-type]
+        except (AssertionError, NotImplementedError, RuntimeError) as problem:
+            raise ModelError(
+                f"{name!r} could not be moved to device {device!r}: {problem}. Without a device "
+                "the model stays on the CPU"
+            ) from problem
     anatomy(model)
     return model.eval(), tokenizer
 
@@ -324,7 +331,8 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {"dtype": dtype, "revision": revision, "trust_remote_code": False}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **arguments)
+        with loading():
+            return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **arguments)
     except (OSError, ValueError, ImportError) as problem:
         if "safetensors" not in str(problem):
             raise ModelError(
@@ -340,9 +348,10 @@ def _from_pretrained(
                 ".save_pretrained('folder')"
             ) from problem
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=False, weights_only=True, **arguments
-        )
+        with loading():
+            return AutoModelForCausalLM.from_pretrained(
+                name, use_safetensors=False, weights_only=True, **arguments
+            )
     except Exception as problem:  # torch raises UnpicklingError, OSError, RuntimeError, ...
         raise ModelError(f"the .bin weights of {name!r} could not be read: {problem}") from problem
 
