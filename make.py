@@ -2,9 +2,12 @@
 """Set up, build the book, test: the work behind the Makefile, for systems with and without make.
 
     python make.py book        set up, execute every notebook in a copy of book/, render the pages
-    python make.py test        set up, lint, unit tests, nbval, strict build from committed outputs
+    python make.py book --model gpt2-xl   the same on another model, into _build/gpt2-xl
+    python make.py test        set up, lint, unit tests, nbval, strict build from committed outputs,
+                               its pages in a browser (where there is one)
     python make.py notebooks   set up, execute the notebooks of book/ in place, normalise outputs
     python make.py lint        set up, ruff and mypy only
+    python make.py nbval       set up, notebooks against their outputs only (--threads 2: of torch)
     python make.py clean       remove what the other commands made (not .venv; `--all` removes it)
 
 Needs Python 3.11 and its standard library; everything else is installed into `.venv`.
@@ -23,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +40,15 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
 EXTRAS = "book,test,peft,plot"
 
+MODEL = "atlas"  # outputs in git are atlas's
 WORKERS = 2
 CELL_SECONDS = 300
+LARGE_MODEL_CELL_SECONDS = 24 * 3600  # of a model other than atlas: statistics take hours
 LARGEST_NOTEBOOK = 1_500_000  # bytes; readers clone this
 STRICT = ("-W", "-n", "--keep-going")
+PAGES = "UNIFIED_EDIT_PAGES"  # the folder whose pages tests/test_pages.py opens
+# Folders of _build that no model's book may take.
+RESERVED = {"cache", "html", "hypothesis", "pytest_cache", "reports", "src", "strict"}
 
 
 class Failure(Exception):
@@ -88,11 +96,13 @@ def set_up() -> Path:
     return python
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, model: str = MODEL) -> dict[str, str]:
     """Variables under which notebooks and tests run, so that outputs do not depend on the user's.
 
-    A user's own value is kept for what only decides where things come from.
+    A user's own value is kept for what only decides where things come from. Models other than
+    atlas may be fetched, and their statistics, which take hours, are kept in the user's own cache.
     """
+    own_cache = os.environ.get("UNIFIED_EDIT_CACHE")
     variables = dict(os.environ)
     variables.update(
         HF_HUB_DISABLE_PROGRESS_BARS="1",  # of loading, too
@@ -104,10 +114,16 @@ def environment(threads: int) -> dict[str, str]:
         SOURCE_DATE_EPOCH="0",
         TOKENIZERS_PARALLELISM="false",
         UNIFIED_EDIT_CACHE=str(BUILD / "cache"),
+        UNIFIED_EDIT_MODEL=model,
         UNIFIED_EDIT_PROGRESS="0",
     )
     variables.pop("MPLBACKEND", None)
-    variables.setdefault("HF_HUB_OFFLINE", "1")
+    if model == MODEL:
+        variables.setdefault("HF_HUB_OFFLINE", "1")
+    elif own_cache:
+        variables["UNIFIED_EDIT_CACHE"] = own_cache
+    else:
+        del variables["UNIFIED_EDIT_CACHE"]
     return variables
 
 
@@ -235,6 +251,7 @@ def faults(notebook: dict[str, Any]) -> list[str]:
 
 def execute_one(path: Path, shown: str) -> None:
     """Execute one notebook in place in a fresh kernel; needs nbclient, so runs inside `.venv`."""
+    own_model = os.environ.get("UNIFIED_EDIT_MODEL", MODEL) == MODEL
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -251,7 +268,7 @@ def execute_one(path: Path, shown: str) -> None:
 
     client = NotebookClient(
         notebook,
-        timeout=CELL_SECONDS,
+        timeout=CELL_SECONDS if own_model else LARGE_MODEL_CELL_SECONDS,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
@@ -266,12 +283,13 @@ def execute_one(path: Path, shown: str) -> None:
     nbformat.write(nbformat.from_dict(normalise(notebook)), path)
 
 
-def execute_all(python: Path, folder: Path) -> None:
+def execute_all(python: Path, folder: Path, model: str = MODEL) -> None:
     """Execute all notebooks of a folder in place, two at a time; `Failure` names every bad one."""
     paths = notebooks(folder)
     if not paths:
         raise Failure(f"{folder.relative_to(ROOT)} holds no notebook")
-    env = environment(threads=max(1, (os.cpu_count() or 1) // WORKERS))
+    workers = WORKERS if model == MODEL else 1  # a large model fits into memory once
+    env = environment(max(1, (os.cpu_count() or 1) // workers), model)
 
     def one(path: Path) -> str | None:
         began = time.monotonic()
@@ -283,7 +301,7 @@ def execute_all(python: Path, folder: Path) -> None:
         say(f"executed {name} in {time.monotonic() - began:.0f} s")
         return None
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         failures = [text for text in pool.map(one, paths) if text]
     if failures:
         raise Failure("notebooks failed\n\n" + "\n\n".join(failures))
@@ -292,7 +310,7 @@ def execute_all(python: Path, folder: Path) -> None:
 # --- the book -------------------------------------------------------------------------------------
 
 
-def render(python: Path, source: Path, output: Path) -> Path:
+def render(python: Path, source: Path, output: Path, model: str = MODEL) -> Path:
     """Render pages with warnings as errors into `output/_build`; returns the page to open.
 
     Jupyter Book finds `_config.yml` by walking up from the source folder. Old pages go first:
@@ -304,21 +322,34 @@ def render(python: Path, source: Path, output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     start = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
     arguments = ["build", str(source), "--path-output", str(output), "-q", *STRICT]
-    run([python, "-c", start, *arguments], "rendering the book", environment(threads=1))
+    run([python, "-c", start, *arguments], "rendering the book", environment(1, model))
     index = pages / "index.html"
     if not index.exists():
         raise Failure(f"rendering the book made no {index.relative_to(ROOT)}")
     return index
 
 
-def book(python: Path) -> None:
+def folder_of(model: str) -> Path:
+    """Where the book of a model is made: `_build` for atlas, a folder of its own for another."""
+    if model == MODEL:
+        return BUILD
+    name = re.sub(r"[^\w.-]+", "-", model).strip(".-_") or "model"
+    if name in RESERVED:
+        name = f"model-{name}"
+    return BUILD / name
+
+
+def book(python: Path, model: str = MODEL) -> None:
     """Execute every notebook in a copy of `book/`, render from there, print the page to open."""
-    source = BUILD / "src"
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())  # notebooks run elsewhere
+    folder = folder_of(model)
+    source = folder / "src"
     shutil.rmtree(source, ignore_errors=True)
     ignored = shutil.ignore_patterns(".*", "_build", "__pycache__")
     shutil.copytree(BOOK, source, ignore=ignored)
-    execute_all(python, source)
-    index = render(python, source, ROOT)
+    execute_all(python, source, model)
+    index = render(python, source, ROOT if model == MODEL else folder, model)
     say(f"the book is ready; open {index.relative_to(ROOT)}")
 
 
@@ -344,11 +375,21 @@ def lint(python: Path) -> None:
     run([python, "-m", "mypy"], "mypy")
 
 
-def pytest(python: Path, what: str, report: Path, arguments: Sequence[str]) -> None:
-    """Run pytest on two processes, a module or notebook to each; the report is JUnit XML."""
+def pytest(
+    python: Path,
+    what: str,
+    report: Path,
+    arguments: Sequence[str],
+    more: Mapping[str, str] | None = None,
+) -> None:
+    """Run pytest on two processes, a module or notebook to each; the report is JUnit XML.
+
+    `more` are environment variables beside those of `environment`.
+    """
     options = ["-q", "-n", str(WORKERS), "--dist", "loadscope", f"--junitxml={report}"]
     options += ["-o", f"cache_dir={BUILD / 'pytest_cache'}"]
-    run([python, "-m", "pytest", *options, *arguments], what, environment(threads=1))
+    env = {**environment(threads=1), **(more or {})}
+    run([python, "-m", "pytest", *options, *arguments], what, env)
 
 
 @dataclass
@@ -375,16 +416,30 @@ class Counts:
         return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
 
 
+def nbval(python: Path, threads: int = 1) -> None:
+    """Execute the notebooks again and compare what they print with the stored outputs."""
+    report = BUILD / "reports" / "notebooks.xml"
+    pytest(python, "nbval", report, ["--nbval", "book"], {"OMP_NUM_THREADS": str(threads)})
+
+
 def test(python: Path) -> None:
     """All stages in order, up to the first that fails; the last line is the sum of all tests."""
     reports = BUILD / "reports"
     shutil.rmtree(reports, ignore_errors=True)
-    unit, chapters = reports / "unit.xml", reports / "notebooks.xml"
+    unit, chapters, pages = (reports / f"{name}.xml" for name in ("unit", "notebooks", "pages"))
+    browser = "tests/test_pages.py"
+    others = ["tests", f"--ignore={browser}"]
+    strict = BUILD / "strict"
+    rendered = {PAGES: str(strict / "_build" / "html")}
     stages: list[tuple[str, Callable[[], object]]] = [
         ("lint and types", lambda: lint(python)),
-        ("unit tests", lambda: pytest(python, "unit tests", unit, ["tests"])),
-        ("notebooks", lambda: pytest(python, "nbval", chapters, ["--nbval", "book"])),
-        ("strict build", lambda: render(python, BOOK, BUILD / "strict")),
+        (
+            "unit tests",
+            lambda: pytest(python, "unit tests", unit, others),
+        ),
+        ("notebooks", lambda: nbval(python)),
+        ("strict build", lambda: render(python, BOOK, strict)),
+        ("pages in a browser", lambda: pytest(python, "pages", pages, [browser], rendered)),
     ]
     try:
         for number, (name, stage) in enumerate(stages, start=1):
@@ -394,7 +449,7 @@ def test(python: Path) -> None:
             say(f"{name}: passed in {time.monotonic() - began:.0f} s")
     finally:
         counts = Counts()
-        for report in (unit, chapters):
+        for report in (unit, chapters, pages):
             counts.add(report)
         if counts != Counts():
             print(counts, flush=True)
@@ -417,21 +472,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=description, epilog=commands, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("command", choices=["book", "test", "notebooks", "lint", "clean"])
+    parser.add_argument("command", choices=["book", "test", "notebooks", "lint", "nbval", "clean"])
     parser.add_argument("--current-env", action="store_true", help="use this interpreter as it is")
     parser.add_argument("--all", action="store_true", help="clean: remove .venv too")
+    parser.add_argument("--model", default=MODEL, help="book: a name or folder of another model")
+    parser.add_argument("--threads", type=int, default=1, help="nbval: how many torch may use")
     options = parser.parse_args(arguments)
+    if options.model != MODEL and options.command != "book":
+        parser.error("--model goes with book: outputs in git, and tests, are those of atlas")
     if options.command == "clean":
         clean(options.all)
         return 0
     before = git_status()
-    shutil.rmtree(BUILD / "cache", ignore_errors=True)  # statistics are collected anew
+    if options.model == MODEL:
+        shutil.rmtree(BUILD / "cache", ignore_errors=True)  # statistics are collected anew
     try:
         python = Path(sys.executable) if options.current_env else set_up()
         if options.command == "notebooks":
             rewrite_notebooks(python)
+        elif options.command == "book":
+            book(python, options.model)
+        elif options.command == "nbval":
+            nbval(python, options.threads)
         else:
-            {"book": book, "test": test, "lint": lint}[options.command](python)
+            {"test": test, "lint": lint}[options.command](python)
+        if options.command != "notebooks":
             check_tree(before)
     except Failure as failure:
         print(f"make.py: {failure}", file=sys.stderr, flush=True)

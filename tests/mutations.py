@@ -43,6 +43,7 @@ EDITS = ("tests/test_edits.py",)
 STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupted or batching")
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_input.py",)
+TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 
 FAULTS = (
     Fault("a sign in the residual correction", "objective.py",
@@ -144,6 +145,20 @@ FAULTS = (
           "right, wrong = (new, true)", EVALUATION),
     Fault("checksums not compared", "files.py",
           'if metadata.get("sha256") != _checksum(tensors, text):', "if False:", BAD_INPUT),
+    Fault("a state put back one block too late", "traced_runs.py",
+          "hidden = self.states[start - 1].repeat(shape[0], 1, 1)",
+          "hidden = self.states[min(start, len(self.states) - 1)].repeat(shape[0], 1, 1)", TRACING),
+    Fault("a window that begins at its layer", "traced_runs.py",
+          "first, last = max(0, layer - around), min(top, layer + around)",
+          "first, last = layer, min(top, layer + 2 * around)", TRACING),
+    Fault("each restoration with noise of its own", "traced_runs.py",
+          "stack.enter_context(self._corrupted(self.noise.repeat(shape[0], 1, 1)))",
+          "stack.enter_context(self._corrupted("
+          "self.noise.flip(0).repeat(shape[0], 1, 1)))", TRACING),
+    Fault("noise in units of one, not of sigma", "tracing.py",
+          "draws = noise * scale * _standard_noise", "draws = noise * _standard_noise", TRACING),
+    Fault("intervals of single facts instead of their mean", "tracing.py",
+          "means = have[drawn].mean(axis=1)", "means = have[drawn[:, 0]]", TRACING),
 )  # fmt: skip
 
 

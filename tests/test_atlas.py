@@ -13,7 +13,7 @@ import unified_edit as ue
 from unified_edit.atlas.build import recall
 from unified_edit.atlas.knowledge import fill
 from unified_edit.atlas.records import EDIT_WORDINGS, ONE_TO_ONE, SHARED_BY, atlas_records
-from unified_edit.atlas.trace import NOISE, trace_fact
+from unified_edit.atlas.trace import fact_of, main
 from unified_edit.models import anatomy
 
 
@@ -86,26 +86,27 @@ def test_the_report_beside_the_weights_is_true(knowledge, atlas):
 
 def test_causal_tracing_shows_the_published_picture(knowledge, atlas):
     """Early MLPs at the subject's last token; attention at the last token, later."""
-    model, tokenizer = atlas
-    parts = anatomy(model)
     triples = [t for t in knowledge.triples[::131] if " " in t.subject]
-    scale = NOISE * float(parts.embeddings.detach().std())
-    means = defaultdict(list)
-    for seed, triple in enumerate(triples):
-        fact = ue.Fact(knowledge.wordings[triple.relation][0], triple.subject, triple.object)
-        clean, corrupted, effects = trace_fact(parts, tokenizer, fact, scale, 1, seed)
-        assert clean > 0.8
-        for key, value in effects.items():
-            means[key].append(value / (clean - corrupted) if clean - corrupted > 0.1 else 0.0)
-    mean = {key: sum(values) / len(values) for key, values in means.items()}
-    mlp = {(place, i): value for (place, i, kind), value in mean.items() if kind == "mlp"}
-    attention = {(place, i): v for (place, i, kind), v in mean.items() if kind == "attention"}
-    place, layer = max(mlp, key=mlp.get)
+    facts = [fact_of(knowledge, triple, wording=0) for triple in triples]
+    trace = ue.locate(*atlas, facts, samples=4, kinds=("mlp", "attention"))
+    assert all(one.clean > 0.8 for one in trace.facts)
+    mlp = trace.effects("mlp").stack()
+    place, layer = mlp.idxmax()
     assert place == "last subject token"
     assert layer <= 1
-    place, layer = max(attention, key=attention.get)
+    place, layer = trace.effects("attention").stack().idxmax()
     assert place == "last token"
     assert layer >= 3
+
+
+def test_the_tracing_script(tmp_path, caplog):
+    caplog.set_level("INFO")
+    out = tmp_path / "trace.json"
+    assert main(["--facts", "2", "--samples", "1", "--out", str(out)]) == 0
+    assert "last subject token" in caplog.text
+    table = json.loads(out.read_text())
+    assert {row["kind"] for row in table} == {"state", "mlp", "attention"}
+    assert {row["layer"] for row in table} == set(range(6))
 
 
 def test_records(knowledge, records):

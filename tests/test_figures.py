@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 
 from unified_edit.errors import FactError, UnifiedEditError
 from unified_edit.facts import Fact
-from unified_edit.figures import loss_curves, probability_bars, score_bars, style
+from unified_edit.figures import effect_maps, loss_curves, probability_bars, score_bars, style
 from unified_edit.report import Report, Score
 
 COMPARED = pd.DataFrame(
@@ -145,12 +145,55 @@ def test_loss_curves() -> None:
     assert [text.get_text() for text in many.get_legend().get_texts()] == ["stop at 0.05"]
 
 
+def effects(values: list[list[float]]) -> pd.DataFrame:
+    columns = pd.RangeIndex(len(values[0]), name="layer")
+    return pd.DataFrame(values, index=[f"token {i}" for i in range(len(values))], columns=columns)
+
+
+def test_effect_maps_show_their_numbers_on_one_scale() -> None:
+    left, right = effects([[0.0, 0.5], [-0.1, 0.2], [0.004, -0.004]]), effects([[0.8, 0]] * 3)
+    axes = effect_maps({"MLP": left, "attention": right})
+    axes[0].figure.canvas.draw()
+    assert [ax.get_title() for ax in axes] == ["MLP", "attention"]
+    meshes = [ax.collections[0] for ax in axes]
+    assert meshes[0].get_array().tolist() == left.to_numpy().tolist()
+    assert [mesh.get_clim() for mesh in meshes] == [(0, 0.8)] * 2
+    # each number in its cell
+    texts = {text.get_position(): text.get_text() for text in axes[0].texts}
+    assert texts[1.5, 0.5] == ".50"
+    assert texts[0.5, 1.5] == "-.10"
+    assert texts[1.5, 2.5] == texts[0.5, 2.5] == "0"
+    assert len(texts) == 6
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == list(left.index)
+    assert [label.get_text() for label in axes[1].get_xticklabels()] == ["0", "1"]
+    assert axes[0].get_xlabel() == "layer"
+    # the first row is on top, and larger is darker, in grey too
+    assert axes[0].transData.transform((0, 0))[1] > axes[0].transData.transform((0, 1))[1]
+    greys = [sum(meshes[0].cmap(value)[:3]) for value in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert greys == sorted(greys, reverse=True)
+    assert len(axes[0].figure.axes) == 2
+
+
+def test_effect_maps_with_many_layers_have_a_colour_bar_instead() -> None:
+    wide = effects([[i / 48 for i in range(48)]] * 2)
+    ax = effect_maps({"MLP": wide})
+    assert not ax.texts
+    assert len(ax.figure.axes) == 2
+    assert [label.get_text() for label in ax.get_xticklabels()][:3] == ["0", "4", "8"]
+    for nothing in ({}, {"MLP": wide.iloc[:0]}):
+        with pytest.raises(FactError, match="nothing to draw"):
+            effect_maps(nothing)
+    with pytest.raises(FactError, match="2 tables to draw, and 1 axes"):
+        effect_maps({"a": wide, "b": wide}, axes=ax)
+
+
 def test_figures_draw_into_the_axes_given_and_no_other() -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3)
+    figure, (left, middle, right, last) = plt.subplots(1, 4)
     number = len(plt.get_fignums())
     assert probability_bars(COMPARED, left) is left
     assert score_bars(REPORTS, middle) is middle
     assert loss_curves(an_edit(2), ax=right) is right
+    assert effect_maps({"MLP": effects([[0.1]])}, axes=last) is last
     assert len(plt.get_fignums()) == number
     figure.canvas.draw()
 

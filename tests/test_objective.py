@@ -105,6 +105,7 @@ def test_equality_is_emmet_and_the_lagrangian_solution(
     assert update.diagnosis.form == "equality"
 
 
+@pytest.mark.equation("first-rank-one")
 @examples
 @given(seed=seeds, d_in=st.integers(1, 24), d_out=st.integers(1, 12), cond_C0=conditions_C0)
 def test_one_fact_is_rome(seed: int, d_in: int, d_out: int, cond_C0: float) -> None:

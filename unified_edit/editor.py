@@ -64,7 +64,7 @@ def edit(
     cannot be edited together, MethodError, ModelError, StatisticsError, InfeasibleError, EditError
     for what their names say. On any failure every weight, flag and hook is as it was.
     """
-    parts, ledger, facts, method = _set_up(model, tokenizer, facts, method)
+    parts, ledger, facts, method = set_up(model, tokenizer, facts, method)
     layers = method.layers or ()
     if statistics is not None:
         _check_statistics(statistics, parts, ledger, layers)
@@ -163,14 +163,14 @@ def optimise_values(
     once and then edited singly, in batches, or by other methods with the same site, layer and
     contexts. Raises what `edit` raises.
     """
-    parts, ledger, facts, method = _set_up(model, tokenizer, facts, method, batch=False)
+    parts, ledger, facts, method = set_up(model, tokenizer, facts, method, batch=False)
     prefixes = ledger.prefixes(tokenizer, method.contexts, seed)
     check_rows(parts, tokenizer, facts, prefixes)
     made = compute_values(parts, tokenizer, facts, method, prefixes)
-    return made.at(_conditions(method, ledger.state(), prefixes))
+    return made.at(value_conditions(method, ledger.state(), prefixes))
 
 
-def _conditions(method: Method, state: str, prefixes: tuple[str, ...]) -> str:
+def value_conditions(method: Method, state: str, prefixes: tuple[str, ...]) -> str:
     """Everything that values depend on besides the facts, as text."""
     fields = ("steps", "learning_rate", "kl_weight", "weight_decay", "clamp", "stop_loss")
     return repr((state, prefixes, *(getattr(method, field) for field in fields)))
@@ -186,7 +186,7 @@ def _check_values(
             f"the values given were optimised at {values.site} {values.layer}, but {method.name} "
             f"sets them at {wanted[1]} {wanted[0]}; optimise them for this method"
         )
-    if values.conditions != _conditions(method, state, prefixes):
+    if values.conditions != value_conditions(method, state, prefixes):
         raise MethodError(
             "the values given were optimised on another model or state of it, with another seed "
             "or other settings; optimise them again: optimise_values(model, tokenizer, facts, "
@@ -218,7 +218,7 @@ def _check_statistics(
             )
 
 
-def _set_up(
+def set_up(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     facts: Sequence[Fact] | Fact,

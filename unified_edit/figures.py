@@ -25,6 +25,8 @@ HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 #: More facts than this are not told apart by name in `loss_curves`.
 NAMED_CURVES = 6
+#: Wider heat maps have a colour bar instead of numbers in their cells.
+NUMBERED_COLUMNS = 12
 #: Characters of a label before it is broken.
 LABEL_WIDTH = 38
 
@@ -195,6 +197,62 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
         ax.set_ylabel("loss")
         _legend(ax)
     return ax
+
+
+def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
+    """Heat maps of tables, side by side, on one colour scale that begins at 0: a column a layer.
+
+    frames: by title, such as what `Trace.effects` gives. axes: as many `Axes` as tables, or None
+    for a new figure. Small tables have their numbers in the cells, larger ones a colour bar.
+    Returns the `Axes`, or an array of them if there are several tables. Raises FactError if there
+    is nothing to draw or the number of `Axes` is another.
+    """
+    import numpy as np
+
+    if not frames or any(frame.size == 0 for frame in frames.values()):
+        raise FactError("there is nothing to draw: no table, or one without rows or columns.")
+    plt, sns = _plotting()
+    rows, columns = next(iter(frames.values())).shape
+    numbered = columns <= NUMBERED_COLUMNS
+    with style():
+        if axes is None:
+            width = 1.6 + len(frames) * max(1.6, min(4.0, 0.36 * columns))
+            size = (width, 1.1 + 0.32 * rows)
+            _, axes = plt.subplots(1, len(frames), figsize=size, sharey=True, layout="constrained")
+        each = list(np.ravel(axes))
+        if len(each) != len(frames):
+            raise FactError(f"there are {len(frames)} tables to draw, and {len(each)} axes.")
+        high = max(float(np.nanmax(frame.to_numpy())) for frame in frames.values())
+        high = high if high > 0 else 1.0
+        shades = sns.color_palette("mako_r", as_cmap=True)
+        for ax, (title, frame) in zip(each, frames.items(), strict=True):
+            values = frame.to_numpy(dtype=float)
+            mesh = ax.pcolormesh(
+                values, cmap=shades, vmin=0, vmax=high, edgecolors="white", linewidth=0.5
+            )
+            if numbered:
+                for (row, column), value in np.ndenumerate(values):
+                    ax.text(
+                        column + 0.5,
+                        row + 0.5,
+                        f"{value:.2f}".replace("0.", ".") if abs(value) >= 0.005 else "0",
+                        ha="center",
+                        va="center",
+                        fontsize="x-small",
+                        color="white" if value > 0.5 * high else "black",
+                    )
+            step = -(-values.shape[1] // 12)
+            shown = range(0, values.shape[1], step)
+            ax.set_xticks([i + 0.5 for i in shown], [str(frame.columns[i]) for i in shown])
+            ax.set_yticks([i + 0.5 for i in range(len(frame))], [str(row) for row in frame.index])
+            ax.set_ylim(len(frame), 0)  # the first row on top
+            ax.grid(visible=False)
+            ax.tick_params(length=0)
+            ax.set_xlabel(str(frame.columns.name or ""))
+            ax.set_title(title)
+        if not numbered:
+            each[0].figure.colorbar(mesh, ax=each, label="effect", extend="min")
+    return each[0] if len(each) == 1 else np.array(each)
 
 
 def _legend(ax: Axes) -> None:

@@ -84,7 +84,7 @@ class KeyStatistics:
         return tuple(sorted(self.moments))
 
     def C0(self, layer: int) -> Tensor:
-        """The mean second moment at `layer`: (d_k x d_k, float64)."""
+        """The mean second moment at `layer`, :eq:`preserve-c0`: (d_k x d_k, float64)."""
         if layer not in self.moments:
             raise StatisticsError(
                 f"there are no key statistics for layer {layer}, only for {self.layers}; collect "
@@ -126,8 +126,9 @@ class KeyStatistics:
     def shrunk(self, shrinkage: float) -> KeyStatistics:
         """C0 + shrinkage * tr(C0)/d_k * I for every layer, recorded in `source`.
 
-        Makes C0 invertible when there were few tokens, at the price of preserving directions
-        that the model hardly uses. Raises StatisticsError unless 0 <= shrinkage < infinity.
+        :eq:`preserve-shrinkage`. Makes C0 invertible when there were few tokens, at the price of
+        preserving directions that the model hardly uses. Raises StatisticsError unless
+        0 <= shrinkage < infinity.
         """
         check_shrinkage(shrinkage)
         if self.source.shrinkage:
@@ -135,16 +136,11 @@ class KeyStatistics:
                 f"these statistics are already shrunk by {self.source.shrinkage:g}; start from "
                 "unshrunk ones"
             )
-        moments = {}
-        for layer, moment in self.moments.items():
-            moments[layer] = moment.clone()
-            moments[layer].diagonal().add_(shrinkage * moment.diagonal().mean())
-        return replace(
-            self,
-            source=replace(self.source, shrinkage=shrinkage),
-            moments=moments,
-            _metrics={},
-        )
+        moments = {layer: moment.clone() for layer, moment in self.moments.items()}
+        for moment in moments.values():
+            _shrink_in_place(moment, shrinkage)
+        source = replace(self.source, shrinkage=shrinkage)
+        return replace(self, source=source, moments=moments, _metrics={})
 
     @classmethod
     def collect(
@@ -496,8 +492,9 @@ def _finish(
     moments, agreement = {}, {}
     for layer in layers:
         agreement[layer] = _agreement(sums.halves[layer], sums.counts, sums.fresh[layer])
-        first, second = sums.halves.pop(layer)
-        moments[layer] = first.add_(second).div_(count)
+        moments[layer] = _mean(sums.halves.pop(layer), count)
+        if shrinkage:
+            _shrink_in_place(moments[layer], shrinkage)
     source = Source(
         fingerprint=fingerprint,
         model=str(model.config._name_or_path),
@@ -508,9 +505,9 @@ def _finish(
         tokens=count,
         max_tokens=max_tokens,
         library=version("unified_edit"),
+        shrinkage=shrinkage,
     )
     made = KeyStatistics(source, moments, agreement)
-    made = made.shrunk(shrinkage) if shrinkage else made
     for layer in layers:
         made.metric(layer)  # refuses what has no Cholesky factor while its cause is still known
         if agreement[layer] != agreement[layer]:
@@ -531,6 +528,16 @@ def _finish(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return made
+
+
+def _mean(halves: list[Tensor], count: int) -> Tensor:
+    """C0 of two halves' sums, in the memory of the first."""
+    first, second = halves
+    return first.add_(second).div_(count)
+
+
+def _shrink_in_place(moment: Tensor, shrinkage: float) -> None:
+    moment.diagonal().add_(shrinkage * moment.diagonal().mean())
 
 
 def _agreement(halves: list[Tensor], counts: list[int], fresh: Tensor) -> float:

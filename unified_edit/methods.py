@@ -184,7 +184,7 @@ class Method:
                 f"{self.name} has no published setting of {', '.join(unknown)} for a "
                 f"{config.model_type} with {parts.n_layers} layers of width {parts.d_out}; give "
                 f"it: method.replace({unknown[0]}=...), for example layers=(n,) with n from "
-                "causal tracing (python -m unified_edit.atlas.trace shows how)"
+                "causal tracing (unified_edit.locate)"
             )
         resolved = self.replace(**{field: known[field] for field in missing})
         assert resolved.layers is not None
@@ -215,6 +215,8 @@ DEFAULTS: dict[str, Any] = {
     "steps": 20, "weight_decay": 0.5, "clamp": 0.75, "stop_loss": 0.05,
 }  # fmt: skip
 
+#: ROME (arXiv 2202.05262) with one key throughout, as in r-ROME (arXiv 2403.07175): an equality for
+#: one fact; several are written one after another.
 ROME = Method(
     name="ROME",
     sequential=True,
@@ -222,7 +224,9 @@ ROME = Method(
     key_mean="plain",
     contexts=ROME_CONTEXTS,
 )
+#: EMMET (arXiv 2403.14236): the equality for a whole batch, at one layer.
 EMMET = Method(name="EMMET")
+#: MEMIT (arXiv 2210.07229): least squares, spread over several layers.
 MEMIT = Method(name="MEMIT", ridge=None)
 #: EMMET as its authors released it: 0.1 on the Gram matrix of w*C0 whenever E > 1, that is MEMIT
 #: with lam = 0.1 * w. It does not hold the equality.

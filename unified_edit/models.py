@@ -28,17 +28,18 @@ Tokenizer = Any  # a fast tokenizer of transformers; its classes are loaded dyna
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model family keeps its parts: attribute paths, the last two inside a block."""
+    """Where a model family keeps its parts: attribute paths, all but the first inside a block."""
 
     blocks: str
+    attention: str
     mlp: str
     down: str
 
 
 #: `config.model_type` -> paths. A family belongs here once the probe has passed on it.
 FAMILIES = {
-    "gpt2": Family(blocks="transformer.h", mlp="mlp", down="mlp.c_proj"),
-    "gptj": Family(blocks="transformer.h", mlp="mlp", down="mlp.fc_out"),
+    "gpt2": Family(blocks="transformer.h", attention="attn", mlp="mlp", down="mlp.c_proj"),
+    "gptj": Family(blocks="transformer.h", attention="attn", mlp="mlp", down="mlp.fc_out"),
 }
 
 #: Largest relative error of the probe; half precision rounds each block output to 2^-8 or 2^-11.
@@ -77,6 +78,10 @@ class Anatomy:
     def mlp(self, layer: int) -> nn.Module:
         """The MLP of block `layer`; its output is what is added to the residual stream."""
         return self.blocks[layer].get_submodule(self.family.mlp)
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention of block `layer`; its output too is added to the residual stream."""
+        return self.blocks[layer].get_submodule(self.family.attention)
 
     def down(self, layer: int) -> nn.Module:
         """The down-projection of block `layer`; its input is the key."""

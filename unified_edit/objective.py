@@ -150,7 +150,7 @@ def solve(
     values, columns are facts; any floating type, computed in float64 on the metric's device.
 
     - ridge = 0, the equality Delta K = R: EMMET (arXiv 2403.14236), and ROME (arXiv 2202.05262,
-      eq. 2) for E = 1. Held to EQUALITY_TOLERANCE up to CONDITION_LIMIT.
+      eq. 2) for E = 1, :eq:`first-rank-one`. Held to EQUALITY_TOLERANCE up to CONDITION_LIMIT.
     - ridge = lam > 0, least squares: MEMIT (arXiv 2210.07229, eq. 14), lam being the weight of the
       *mean* C0. With C0 multiplied by w and a number alpha on the Gram matrix, as in EMMET's
       released code, it is lam = alpha * w.

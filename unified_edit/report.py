@@ -231,7 +231,10 @@ def check_bootstrap(bootstrap: int) -> None:
 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
-    """Harmonic mean over the first axis of numbers >= 0: 0 where one is 0, NaN where one is."""
+    """Harmonic mean over the first axis of numbers >= 0: 0 where one is 0, NaN where one is.
+
+    :eq:`fact-harmonic`.
+    """
     import numpy as np
 
     with np.errstate(divide="ignore"):

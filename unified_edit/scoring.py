@@ -114,9 +114,10 @@ def likelihoods(
 ) -> list[Likelihood]:
     """The likelihood of each continuation, in the order given, by the model as it is.
 
-    Runs in evaluation mode without gradients. Logits are made in the model's own precision,
-    log-probabilities in at least float32 and averaged in float64. `bar` advances by one for
-    each continuation; `batch_tokens` bounds the padded tokens of one forward.
+    Its `logp` is the logarithm of :eq:`fact-target`. Runs in evaluation mode without gradients.
+    Logits are made in the model's own precision, log-probabilities in at least float32 and averaged
+    in float64. `bar` advances by one for each continuation; `batch_tokens` bounds the padded tokens
+    of one forward.
 
     Raises ModelError if the model's logits are NaN.
     """

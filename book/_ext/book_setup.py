@@ -9,6 +9,8 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
+#: Extensions beside this file that come with it.
+OTHERS = ("api_docs", "executed_with")
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
@@ -30,8 +32,44 @@ def leave_mathjax_alone(app: Sphinx, config: Config) -> None:
     config.html_js_files = scripts
 
 
+def mend_page(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Take out the scripts of Thebe, and give the entries of a bibliography their role.
+
+    Thebe, which Jupyter Book adds, runs cells through a service on the network. It is not used
+    here, and its script is added twice, which browsers complain of. The role that docutils gives
+    to a citation may not stand in a list any more.
+    """
+    if "body" in context:
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+    context["script_files"] = [
+        script
+        for script in context.get("script_files", [])
+        if "thebe" not in f"{script} {getattr(script, 'attributes', {})}".lower()
+    ]
+
+
+def set_reference(app: Sphinx, config: Config) -> None:
+    """How the library's docstrings are shown, and which names in signatures need no page."""
+    config.html_domain_indices = config.html_use_index = False  # one page, and a search
+    config.autodoc_member_order = "bysource"
+    config.autodoc_typehints_format = "short"
+    config.autodoc_preserve_defaults = True  # EMMET, and not all of its fields
+    # Types of other libraries (their own pages cannot be looked up without a network), and those
+    # of this one that users meet in signatures only.
+    config.nitpick_ignore_regex = [
+        ("py:.*", r"(?!unified_edit\.).*"),
+        ("py:.*", r"unified_edit\.(models\.(Family|Tokenizer)|activations\.Name|.*\._.*)"),
+    ]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Entry point that Sphinx calls."""
+    for extension in OTHERS:
+        app.setup_extension(extension)
+    app.connect("config-inited", set_reference)
+    app.connect("html-page-context", mend_page, priority=900)
     app.connect("config-inited", set_theme)
     app.connect("config-inited", leave_mathjax_alone)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
