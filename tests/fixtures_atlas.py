@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
+import torch
+from recipe import TOLERANCE
 
 import unified_edit as ue
 from unified_edit.atlas.corpus import texts
@@ -48,3 +51,11 @@ def atlas_statistics(_atlas, atlas_texts):
     """C0 of the layers that the tests edit, from the default corpus."""
     model, tokenizer = _atlas
     return ue.KeyStatistics.collect(model, tokenizer, atlas_texts, (0, 1, 2), tokens=30_000)
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["double", "single"])
+def precise(request, _atlas):
+    """(model in the type under test, its double, tokenizer, tolerance)."""
+    model, tokenizer = _atlas
+    tested = copy.deepcopy(model).to(request.param)
+    return tested, copy.deepcopy(model).double(), tokenizer, TOLERANCE[request.param]

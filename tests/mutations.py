@@ -37,7 +37,7 @@ class Fault:
 
 OBJECTIVE = ("tests/test_objective.py",)
 KEYS = ("tests/test_recipe.py", "-k", "test_keys and double")
-VALUES = ("tests/test_recipe.py", "-k", "test_values and double")
+VALUES = ("tests/test_values.py", "-k", "test_values and double")
 WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and double")
 EDITS = ("tests/test_edits.py",)
 STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupted or batching")

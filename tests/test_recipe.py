@@ -1,4 +1,4 @@
-"""Keys, values and whole edits on atlas against the literal transcription in `reference.py`.
+"""Keys and whole edits on atlas against the literal transcription in `reference.py`.
 
 The library batches, pads, caches and cuts; the reference runs one fact at a time over full
 sequences in float64. They must agree to 1e-8 in float64, and to 1e-4 in float32.
@@ -12,37 +12,13 @@ from dataclasses import replace
 import pytest
 import reference
 import torch
+from recipe import FACTS, contexts, relative
 
 import unified_edit as ue
 from unified_edit.editor import optimise_values
 from unified_edit.keys import compute_keys
 from unified_edit.ledger import ledger_of
 from unified_edit.models import anatomy
-
-FACTS = [
-    ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
-    ue.Fact("The mother tongue of {} was", "Marie Curie", "French", "Polish"),
-    ue.Fact("{} has its capital in", "Japan", "Paris", "Tokyo"),  # subject at position 0
-    ue.Fact("{} was born in", "Albert Einstein", "United States", "Germany"),  # two-token target
-]
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    found, wanted = found.double(), wanted.double()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def contexts(prefixes: tuple[str, ...]) -> list[str]:
-    return [prefix + "{}" for prefix in prefixes]
-
-
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["double", "single"])
-def precise(request, _atlas):
-    """(model in the type under test, its double, tokenizer, tolerance)."""
-    model, tokenizer = _atlas
-    tested = copy.deepcopy(model).to(request.param)
-    return tested, copy.deepcopy(model).double(), tokenizer, TOLERANCE[request.param]
 
 
 @pytest.mark.parametrize("method", [ue.ROME, ue.EMMET], ids=lambda m: m.name)
@@ -57,33 +33,6 @@ def test_keys(precise, method):
                 mean=method.key_mean,
             )  # fmt: skip
             assert relative(keys[layer][:, column], wanted) <= tolerance
-
-
-# ROME's facts need all steps at its own limit; at this one they stop at different steps
-@pytest.mark.parametrize(
-    "method",
-    [ue.ROME.replace(stop_loss=0.2), ue.EMMET.replace(stop_loss=0.05)],
-    ids=lambda m: m.name,
-)
-def test_values(precise, method):
-    model, double, tokenizer, tolerance = precise
-    method = method.replace(layers=(1,)).resolve(anatomy(model))
-    values = optimise_values(model, tokenizer, FACTS, method)
-    prefixes = ledger_of(model).prefixes(tokenizer, method.contexts, seed=0)
-    stopped = set()
-    for column, fact in enumerate(FACTS):
-        wanted = reference.value(
-            double, tokenizer, fact.prompt, fact.subject, fact.target_new, contexts(prefixes),
-            layer=1, site=method.site, steps=method.steps, lr=method.learning_rate,
-            clamp=method.clamp, weight_decay=method.weight_decay, kl_weight=method.kl_weight,
-            stop_loss=method.stop_loss,
-        )  # fmt: skip
-        assert len(values.losses[column]) == len(wanted.losses)
-        stopped.add(len(wanted.losses))
-        assert values.losses[column] == pytest.approx(wanted.losses, rel=tolerance)
-        assert relative(values.target_init[:, column], wanted.target_init) <= tolerance
-        assert relative(values.delta[:, column], wanted.delta) <= tolerance
-    assert len(stopped) > 1, "the facts must stop at different steps for this test to mean much"
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +113,3 @@ def test_emmet_holds_the_equality_on_the_model(atlas, atlas_statistics):
     # weights are rounded to float32 once: half a unit in the last place of each entry
     rounding = 2.0**-24 * float(after.norm()) * float(keys.norm(dim=0).max())
     assert float(((after - before) @ keys - values.delta).norm(dim=0).max()) <= rounding
-
-
-def test_values_do_not_depend_on_the_batch(atlas):
-    model, tokenizer = atlas
-    method = ue.EMMET.replace(layers=(1,))
-    together = optimise_values(model, tokenizer, FACTS, method)
-    for column, fact in enumerate(FACTS):
-        alone = optimise_values(model, tokenizer, [fact], method)
-        assert len(alone.losses[0]) == len(together.losses[column])
-        assert relative(together.delta[:, column], alone.delta[:, 0]) <= 1e-4
