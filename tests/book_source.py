@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from checkout import ROOT
+
 BOOK = ROOT / "book"
-#: Part I, in the order of reading.
-PART_ONE = ("a_fact", "locating", "memory", "preserving")
+#: The chapters of each part, in the order of reading.
+PARTS = (("a_fact", "locating", "preserving"),)
 
 _OPEN = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")
 _DIRECTIVE = re.compile(r"^\{(?P<name>[\w:.-]+)\}\s*(?P<argument>.*)$")

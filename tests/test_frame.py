@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -17,11 +16,12 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from checkout import ROOT, load, make
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -30,26 +30,11 @@ from packaging.version import Version
 
 import unified_edit
 
-ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # A user who has conda, and no constraints file at hand, looks for these by name.
 NAMED_FOR_CONDA = {"jupyterlab", "torch", "transformers", "matplotlib", "seaborn", "nbval"}
-
-
-def load(path: Path) -> ModuleType:
-    """A module of the checkout that is not installed."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-make = load(ROOT / "make.py")
 
 
 def project_files() -> Iterator[Path]:

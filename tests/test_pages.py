@@ -19,7 +19,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from book_source import BOOK, ROOT
+from book_source import BOOK
+from checkout import ROOT
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="Playwright is not installed", exc_type=ImportError
