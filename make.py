@@ -207,7 +207,8 @@ def output_texts(output: dict[str, Any]) -> Iterator[str]:
     parts += [data[kind] for kind in data if kind.startswith("text/")]
     for part in parts:
         if part:
-            yield part if isinstance(part, str) else "".join(part)
+            text = part if isinstance(part, str) else "".join(part)
+            yield re.sub(r"data:image/[^\"]*", "", text)  # a picture inside of HTML is no text
 
 
 MACHINE_PATH = re.compile(

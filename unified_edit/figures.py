@@ -31,7 +31,7 @@ NUMBERED_COLUMNS = 12
 LABEL_WIDTH = 38
 
 
-def _plotting() -> tuple[Any, Any]:
+def plotting() -> tuple[Any, Any]:
     """Matplotlib's pyplot and seaborn; UnifiedEditError says what to install."""
     try:
         import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ def _plotting() -> tuple[Any, Any]:
 @contextmanager
 def style() -> Iterator[list[tuple[float, float, float]]]:
     """Inside, Matplotlib draws in this library's style; yields the palette (RGB in 0..1)."""
-    plt, sns = _plotting()
+    plt, sns = plotting()
     palette = list(sns.color_palette("colorblind"))
     settings = {
         **sns.axes_style("whitegrid"),
@@ -65,7 +65,7 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     """`ax`, or that of a new figure of so many inches."""
     if ax is not None:
         return ax
-    plt, _ = _plotting()
+    plt, _ = plotting()
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
@@ -171,7 +171,7 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
 
     Up to six facts are named in the legend; more are drawn alike.
     """
-    plt, _ = _plotting()
+    plt, _ = plotting()
     with style() as palette:
         ax = _axes(ax, 6.4, 3.6)
         named = len(edit.facts) <= NAMED_CURVES
@@ -211,7 +211,7 @@ def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
 
     if not frames or any(frame.size == 0 for frame in frames.values()):
         raise FactError("there is nothing to draw: no table, or one without rows or columns.")
-    plt, sns = _plotting()
+    plt, sns = plotting()
     rows, columns = next(iter(frames.values())).shape
     numbered = columns <= NUMBERED_COLUMNS
     with style():
