@@ -1,6 +1,6 @@
 """ES, PS, NS of ROME, EMMET and MEMIT on atlas: one by one, and a hundred at a time.
 
-    python benchmarks/atlas_scores.py --out benchmarks/results/atlas_scores.json
+    python benchmarks/atlas_scores.py --out book/data/atlas_scores.json
 
 The last lines time one EMMET call with a hundred facts, statistics at hand, and its parts.
 """

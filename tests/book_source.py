@@ -12,7 +12,10 @@ from checkout import ROOT
 
 BOOK = ROOT / "book"
 #: The chapters of each part, in the order of reading.
-PARTS = (("a_fact", "locating", "preserving"),)
+PARTS = (
+    ("a_fact", "locating", "memory", "preserving"),
+    ("objective", "rome", "memit", "emmet", "bridge", "values", "spreading"),
+)
 
 _OPEN = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")
 _DIRECTIVE = re.compile(r"^\{(?P<name>[\w:.-]+)\}\s*(?P<argument>.*)$")

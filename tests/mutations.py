@@ -1,16 +1,19 @@
 """Planted faults: each must turn a test red.
 
-    python tests/mutations.py            # all, two at a time
-    python tests/mutations.py 3 7        # some
+    python tests/mutations.py                 # all, two at a time
+    python tests/mutations.py 3 7             # some
+    python tests/mutations.py --chapters 3 7  # against chapters of the book instead of tests
 
 Every fault is one replacement in one module of a copy of the package; the tests named beside it
-are run on the copy and must fail. A fault that survives is a hole in the tests. This takes a
-few minutes and is not part of `make test`; `test_mutations.py`, which is, sees to it that every
-fault still fits the source.
+are run on the copy and must fail. A fault that survives is a hole in the tests. With `--chapters`
+it is the chapters about what the fault breaks that are run, without any cache, and one of their
+cells must fail or show something else. Either takes many minutes and is not part of `make test`;
+`test_mutations.py`, which is, sees to it that every fault still fits the source.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -44,6 +47,19 @@ STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupte
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_input.py",)
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
+
+#: The chapters about what those tests test. How files are damaged is nothing for a book.
+CHAPTERS = {
+    OBJECTIVE: ("emmet", "memit", "bridge"),
+    KEYS: ("rome", "first_edit"),
+    VALUES: ("values",),
+    WHOLE: ("spreading",),
+    EDITS: ("first_edit", "rome"),
+    STATISTICS: ("preserving",),
+    EVALUATION: ("a_fact",),
+    BAD_INPUT: (),
+    TRACING: ("locating",),
+}
 
 FAULTS = (
     Fault("a sign in the residual correction", "objective.py",
@@ -162,11 +178,11 @@ FAULTS = (
 )  # fmt: skip
 
 
-def survives(fault: Fault) -> str | None:
+def survives(fault: Fault, in_chapters: bool = False) -> str | None:
     """Plant the fault in a copy and run its tests; None if they fail, a complaint otherwise."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("unified_edit", "tests"):
+        for name in ("unified_edit", "tests", "book"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         module = copy / "unified_edit" / fault.module
@@ -175,11 +191,17 @@ def survives(fault: Fault) -> str | None:
             return f"{fault.what}: the text to replace occurs {source.count(fault.right)} times"
         module.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
         environment = {
-            **os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1", "UNIFIED_EDIT_PROGRESS": "0"
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": folder,
+            "OMP_NUM_THREADS": "1",
+            "UNIFIED_EDIT_PROGRESS": "0",
+            "UNIFIED_EDIT_CACHE": str(copy / "cache"),
+        }
+        chapters = [f"book/{name}.ipynb" for name in CHAPTERS[fault.tests]]
+        tests = ["--nbval", *chapters] if in_chapters else fault.tests
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         run = subprocess.run(
-            [*command, *fault.tests], cwd=copy, env=environment, capture_output=True, text=True
+            [*command, *tests], cwd=copy, env=environment, capture_output=True, text=True
         )
         if run.returncode == 1:
             return None
@@ -189,10 +211,17 @@ def survives(fault: Fault) -> str | None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the chosen faults; the exit code is 1 if one survives."""
-    chosen = [FAULTS[int(number)] for number in arguments] or list(FAULTS)
+    parser = argparse.ArgumentParser(description="Plant faults in copies; each must be noticed.")
+    parser.add_argument("numbers", nargs="*", type=int, help="of faults, from 0; all by default")
+    parser.add_argument("--chapters", action="store_true", help="run chapters instead of tests")
+    given = parser.parse_args(arguments)
+    chosen = [FAULTS[number] for number in given.numbers] or list(FAULTS)
+    if given.chapters:
+        chosen = [fault for fault in chosen if CHAPTERS[fault.tests]]
     with ThreadPoolExecutor(2) as pool:
         complaints = []
-        for fault, complaint in zip(chosen, pool.map(survives, chosen), strict=True):
+        found = pool.map(lambda fault: survives(fault, given.chapters), chosen)
+        for fault, complaint in zip(chosen, found, strict=True):
             print(f"{'SURVIVES' if complaint else 'caught':9} {fault.what}", flush=True)
             complaints += [complaint] if complaint else []
     print("\n".join(complaints) or f"all {len(chosen)} faults were caught")

@@ -94,7 +94,7 @@ def test_every_equation_is_checked() -> None:
     assert [label for label in ALL_LABELS if label not in checked] == []
 
 
-@pytest.mark.parametrize(("part", "least"), [(0, 15)])
+@pytest.mark.parametrize(("part", "least"), [(0, 15), (1, 30)])
 def test_parts_have_their_equations(part: int, least: int) -> None:
     assert sum(len(LABELS[name]) for name in PARTS[part]) >= least
 
@@ -214,6 +214,15 @@ Text.
     assert [block.name for block in solution.walk()] == ["solution", "math", ""]
     assert [block.options.get("label") for block in solution.walk()] == [None, "one", None]
     assert (note.name, note.body) == ("note", "Text.")
+
+
+def test_the_derivation_recalls_equations_of_every_chapter_of_part_two() -> None:
+    (page,) = [page for page in PAGES if page.name == "derivation"]
+    recalled = [block.argument for block in page.directives("recall")]
+    assert [label for label in recalled if label not in ALL_LABELS] == []
+    assert [label for label, count in Counter(recalled).items() if count > 1] == []
+    assert [name for name in PARTS[1] if not set(LABELS[name]) & set(recalled)] == []
+    assert "$$" not in page.cells[0].source, "an equation that is not a chapter's own"
 
 
 # --- back matter ----------------------------------------------------------------------------------

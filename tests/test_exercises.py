@@ -7,6 +7,7 @@ import builtins
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -215,6 +216,7 @@ def test_all_code_of_solutions_runs_behind_its_chapter(name: str, tmp_path: Path
     codes = solution_codes(CHAPTERS[name])
     content.cells += [nbformat.v4.new_code_cell(code) for code in codes]
     path = tmp_path / "chapter.ipynb"
+    shutil.copytree(ROOT / "book" / "data", tmp_path / "data")
     nbformat.write(content, path)
     command = [sys.executable, str(ROOT / "make.py"), "_execute", str(path), name]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -12,3 +12,10 @@ def test_the_fault_can_be_planted(fault):
     assert source.count(fault.right) == 1
     assert fault.wrong not in ("", fault.right)
     assert (mutations.ROOT / fault.tests[0]).exists()
+
+
+@pytest.mark.parametrize(
+    "name", sorted({c for names in mutations.CHAPTERS.values() for c in names})
+)
+def test_chapters_that_must_notice_are_there(name):
+    assert (mutations.ROOT / "book" / f"{name}.ipynb").exists()

@@ -340,6 +340,28 @@ def test_a_chapter_can_be_taken_along_and_says_how_it_was_run(light: Visit) -> N
         assert f"{name} " in line
 
 
+SLIDERS = [name for name in PAGES if 'class="ue-slider"' in (FOLDER / name).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("light", SLIDERS, indirect=True)
+def test_a_slider_shows_the_picture_of_its_state(light: Visit) -> None:
+    boxes = light.page.locator(".ue-slider")
+    for place in range(boxes.count()):
+        box = boxes.nth(place)
+        handle, pictures = box.locator("input"), box.locator("img")
+        last = pictures.count() - 1
+        for key, shown in (("Home", 0), ("ArrowRight", 1), ("End", last)):
+            handle.press(key)
+            seen = [pictures.nth(index).is_visible() for index in range(last + 1)]
+            assert seen == [index == shown for index in range(last + 1)]
+            name = pictures.nth(shown).get_attribute("data-state")
+            assert box.locator("output").text_content() == name
+            assert handle.get_attribute("aria-valuetext") == name
+    light.page.emulate_media(media="print")
+    assert not any(boxes.nth(place).is_visible() for place in range(boxes.count()))
+    light.page.emulate_media(media="screen")
+
+
 def test_the_first_page_leads_to_the_introduction(browser: Any) -> None:
     page = browser.new_page()
     page.goto((FOLDER / "index.html").as_uri(), wait_until="commit")

@@ -7,8 +7,9 @@ every objective combines with every spread.
 
 With n layers, the layer of index i (from 0) has `n - i` layers left, itself included. If a stored
 share reached the last layer undiminished, the shares `1 / (n - i)` of what remains would be equal
-parts of the first residual: after i layers `(n - i) / n` of it is left, and
-`1 / (n - i) * (n - i) / n = 1 / n`. The last share is always 1: everything that is still missing.
+parts of the first residual, :eq:`spread-parts` and :eq:`spread-equal-parts`: after i layers
+`(n - i) / n` of it is left, and `1 / (n - i) * (n - i) / n = 1 / n`. The last share is always 1:
+everything that is still missing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Kind = Literal["memit", "pmet", "full"]
 
 
 def shares(n_layers: int, kind: Kind = "memit") -> tuple[float, ...]:
-    """What the residual, recomputed at each layer, is multiplied by; layers ascending.
+    """What the residual, recomputed at each layer, is multiplied by, :eq:`spread-share`.
+
+    One number a layer, layers ascending.
 
     - "memit": 1 / layers left (MEMIT, arXiv 2210.07229, algorithm 1; EMMET over several layers).
     - "pmet": 1 / sqrt(layers left) (PMET, arXiv 2308.08742): more in the early layers.

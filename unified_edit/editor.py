@@ -294,7 +294,7 @@ class _Work:
         """Compute the updates for some facts, layer by layer, into `pending`.
 
         At each layer keys and residual are read again on the partly edited model, and the layer
-        takes its share of the residual (MEMIT, sec. 4.4, algorithm 1).
+        takes its share of the residual, :eq:`spread-residual` (MEMIT, sec. 4.4, algorithm 1).
         """
         method, parts = self.method, self.parts
         layers = method.layers or ()

@@ -74,7 +74,10 @@ class Metric:
         return self.factor.device
 
     def whiten(self, K: Tensor) -> Tensor:
-        """L^-1 K (d_in x E): keys in coordinates in which preserved keys have second moment I."""
+        """L^-1 K (d_in x E): keys in coordinates in which preserved keys have second moment I.
+
+        The A of :eq:`objective-whitened`.
+        """
         A: Tensor = solve_triangular(self.factor, self._own("K", K, axis=0), upper=False)
         return A
 

@@ -6,6 +6,9 @@ a fact, and need R (d_out x E) added to their values. The update Delta is to
     preserve:  ||Delta K0||^2 / N = tr(Delta C0 Delta^T)        C0 = mean of k k^T over N other keys
     memorize:  Delta K = R  (equality)    or    ||Delta K - R||_F^2 small  (least squares)
 
+These are :eq:`objective-equality` and :eq:`objective-least-squares` of the book. Whatever solves
+either has the form M K^T C0^-1, :eq:`objective-row-space`.
+
 **Equality.** Minimise 1/2 tr(Delta C0 Delta^T) subject to Delta K = R. With multipliers Lambda
 (d_out x E) the Lagrangian is 1/2 tr(Delta C0 Delta^T) - tr(Lambda^T (Delta K - R)). Its gradient in
 Delta vanishes where Delta C0 = Lambda K^T: the update answers to combinations of the new keys and
@@ -42,7 +45,8 @@ updates that violate Delta K = R least, the one that costs least.
 
 QR does not square the condition number, as the Gram matrix does: with cond(A) = 1e7 it holds the
 equality to 1e-9 or better, where a Cholesky factor of G misses it by 1e-3. Nothing is ever added to
-the diagonal to make the equality solvable: that would be the other problem.
+the diagonal to make the equality solvable: that would be the other problem. The book derives these
+ways as :eq:`emmet-qr` and :eq:`bridge-svd`, and measures the digits, :eq:`emmet-digits`.
 """
 
 from __future__ import annotations
@@ -92,8 +96,10 @@ class Diagnosis:
 
     - condition: of the whitened keys A = L^-1 K, largest over E-th singular value; inf if E > d_in.
     - rank: number of singular values of A above 1 / CONDITION_LIMIT of the largest.
-    - memorization_error: ||Delta K - R|| / ||R||; ||Delta K|| where R = 0.
-    - preservation_error: tr(Delta C0 Delta^T), the mean squared change of a preserved key's value.
+    - memorization_error: ||Delta K - R|| / ||R||, the root of :eq:`objective-memorize` relative to
+      what was asked; ||Delta K|| where R = 0.
+    - preservation_error: tr(Delta C0 Delta^T), the mean squared change of a preserved key's value;
+      for an equality it is :eq:`emmet-price`.
     - form: the problem solved: "equality", "ridge", or "least_violation", the limit lam -> 0 where
       the equality cannot be held.
     """
@@ -149,20 +155,24 @@ def solve(
     metric: a `Metric`, or C0 (d_in, d_in). K: (d_in, E) keys, R: (d_out, E) what to add to their
     values, columns are facts; any floating type, computed in float64 on the metric's device.
 
-    - ridge = 0, the equality Delta K = R: EMMET (arXiv 2403.14236), and ROME (arXiv 2202.05262,
-      eq. 2) for E = 1, :eq:`first-rank-one`. Held to EQUALITY_TOLERANCE up to CONDITION_LIMIT.
-    - ridge = lam > 0, least squares: MEMIT (arXiv 2210.07229, eq. 14), lam being the weight of the
-      *mean* C0. With C0 multiplied by w and a number alpha on the Gram matrix, as in EMMET's
-      released code, it is lam = alpha * w.
+    - ridge = 0, the equality Delta K = R: EMMET (arXiv 2403.14236), :eq:`emmet-update`, and ROME
+      (arXiv 2202.05262, eq. 2) for E = 1, :eq:`first-rank-one` and :eq:`rome-update`. Held to
+      EQUALITY_TOLERANCE up to CONDITION_LIMIT.
+    - ridge = lam > 0, least squares: MEMIT (arXiv 2210.07229, eq. 14), :eq:`memit-update`, lam
+      being the weight of the *mean* C0, :eq:`memit-mean-sum`. With C0 multiplied by w and a number
+      alpha on the Gram matrix, as in EMMET's released code, it is lam = alpha * w,
+      :eq:`bridge-released`.
     - infeasible = "least_violation": where the equality cannot be held, its least-squares solution
-      of least cost, which is the limit lam -> 0. Otherwise it changes nothing.
+      of least cost, which is the limit lam -> 0, :eq:`bridge-pseudoinverse`. Otherwise it changes
+      nothing.
 
     names: what to call the facts in errors (E strings; their indices otherwise).
 
     Raises InfeasibleError for ridge = 0 if the whitened keys have a condition above
-    CONDITION_LIMIT or there are more facts than the rank of K, naming the two facts with the most
-    collinear keys; ObjectiveError for shapes that do not fit, entries that are not finite, no
-    facts, a zero key, or a ridge that is negative or not finite; and what `Metric` raises.
+    CONDITION_LIMIT or there are more facts than the rank of K, :eq:`emmet-feasible`, naming the two
+    facts with the most collinear keys; ObjectiveError for shapes that do not fit, entries that are
+    not finite, no facts, a zero key, or a ridge that is negative or not finite; and what `Metric`
+    raises.
     """
     metric = metric if isinstance(metric, Metric) else Metric(metric)
     lam = _check_ridge(ridge)

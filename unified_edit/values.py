@@ -93,7 +93,8 @@ def compute_values(
 ) -> Values:
     """Optimise the values of `facts` for a resolved `method` behind the given `prefixes`.
 
-    Facts do not influence each other: a batch gives what each fact gives alone. Deterministic.
+    The loss is :eq:`value-loss`, the clamp :eq:`value-clamp`. Facts do not influence each other: a
+    batch gives what each fact gives alone. Deterministic.
 
     Raises EditError if a loss is not finite, TokenizationError if subject or target cannot be
     located.
