@@ -27,12 +27,12 @@ def some_texts(atlas_texts):
 def test_c0_is_the_mean_second_moment(atlas, some_texts, monkeypatch):
     model, tokenizer = atlas
     monkeypatch.setattr(key_statistics, "FRESH_KEYS", 0)
-    made = ue.KeyStatistics.collect(model, tokenizer, some_texts[:60], (0, 2), shrinkage=1e-6)
+    made = ue.KeyStatistics.collect(model, tokenizer, some_texts[:20], (0, 2), shrinkage=1e-3)
     for layer in (0, 2):
-        wanted = direct(model, tokenizer, some_texts[:60], layer).double()
-        wanted.diagonal().add_(1e-6 * wanted.diagonal().mean())
+        wanted = direct(model, tokenizer, some_texts[:20], layer).double()
+        wanted.diagonal().add_(1e-3 * wanted.diagonal().mean())
         assert float((made.C0(layer) - wanted).norm() / wanted.norm()) <= TOLERANCE
-    assert made.source.tokens == sum(len(tokenizer(t)["input_ids"]) for t in some_texts[:60])
+    assert made.source.tokens == sum(len(tokenizer(t)["input_ids"]) for t in some_texts[:20])
 
 
 def test_batching_and_padding_do_not_matter(atlas, some_texts):
