@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 import unified_edit as ue
 from unified_edit.errors import InfeasibleError
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.bridge import (
     both_errors,
     check_bridge,
@@ -26,12 +26,8 @@ from unified_edit.methods import SETTINGS
 Check = Callable[[Any], str]
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 def moment(d: int) -> Tensor:
-    K0 = normal(1, d, 3 * d)
+    K0 = draw(1, d, 3 * d)
     return K0 @ K0.T / K0.shape[1]
 
 
@@ -60,10 +56,10 @@ def released(C0: Tensor, K: Tensor, R: Tensor, w: float, alpha: float) -> Tensor
 
 def problem(E: int, repeated: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """C0, K and R with keys of five entries; on wish, the last key is the first one again."""
-    K = normal(2, 5, E)
+    K = draw(2, 5, E)
     if repeated:
         K[:, -1] = K[:, 0]
-    return moment(5), K, normal(3, 4, E)
+    return moment(5), K, draw(3, 4, E)
 
 
 # --- equations ------------------------------------------------------------------------------------
@@ -122,7 +118,7 @@ def test_the_frontier_is_convex_and_nothing_is_below_it(E: int) -> None:
     at = solve(C0, K, R, 0.7)
     (P,), (M,) = both_errors(C0, K, R, torch.tensor([0.7]).double())
     for seed in range(50):
-        other = at + 0.3 * normal(seed, 4, 5)
+        other = at + 0.3 * draw(seed, 4, 5)
         cost = float(torch.trace(other @ C0 @ other.T))
         missing = float((other @ K - R).square().sum())
         assert 0.7 * cost + missing > 0.7 * float(P) + float(M)

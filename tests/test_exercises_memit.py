@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 import unified_edit as ue
 from unified_edit.errors import InfeasibleError
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.memit import (
     check_least_squares,
     check_next_batch,
@@ -25,12 +25,8 @@ from unified_edit.exercises.memit import (
 Check = Callable[[Any], str]
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 def moment(d: int) -> Tensor:
-    K0 = normal(1, d, 3 * d)
+    K0 = draw(1, d, 3 * d)
     return K0 @ K0.T / K0.shape[1]
 
 
@@ -44,7 +40,7 @@ def solve(C0: Tensor, K: Tensor, R: Tensor, lam: float) -> Tensor:
 @pytest.mark.equation("memit-gradient", "memit-normal", "memit-update")
 @pytest.mark.parametrize("facts", [2, 5, 9])
 def test_the_library_solves_the_normal_equations(facts: int) -> None:
-    C0, K, R, lam = moment(5), normal(2, 5, facts), normal(3, 4, facts), 0.7
+    C0, K, R, lam = moment(5), draw(2, 5, facts), draw(3, 4, facts), 0.7
     delta = solve(C0, K, R, lam)
     # residuals of a system of condition below 100, in float64
     assert torch.allclose(delta @ (lam * C0 + K @ K.T), R @ K.T, rtol=1e-10, atol=1e-12)
@@ -58,19 +54,19 @@ def test_the_library_solves_the_normal_equations(facts: int) -> None:
 @pytest.mark.equation("memit-complete")
 @pytest.mark.parametrize("facts", [2, 9])
 def test_every_other_update_costs_more_by_a_square(facts: int) -> None:
-    C0, K, R, lam = moment(5), normal(2, 5, facts), normal(3, 4, facts), 0.7
+    C0, K, R, lam = moment(5), draw(2, 5, facts), draw(3, 4, facts), 0.7
 
     def cost(delta: Tensor) -> float:
         return float(lam * torch.trace(delta @ C0 @ delta.T) + (delta @ K - R).square().sum())
 
-    best, Z = solve(C0, K, R, lam), normal(4, 4, 5)
+    best, Z = solve(C0, K, R, lam), draw(4, 4, 5)
     square = float(torch.trace(Z @ (lam * C0 + K @ K.T) @ Z.T))
     assert cost(best + Z) == pytest.approx(cost(best) + square, rel=1e-12)
 
 
 @pytest.mark.equation("memit-stacked", "memit-mean-sum")
 def test_it_is_one_regression_over_old_and_new_facts() -> None:
-    K0, K, R, lam = normal(1, 4, 11), normal(2, 4, 3), normal(3, 2, 3), 5.0
+    K0, K, R, lam = draw(1, 4, 11), draw(2, 4, 3), draw(3, 2, 3), 5.0
     X = torch.cat([(lam / 11) ** 0.5 * K0, K], dim=1)
     Y = torch.cat([torch.zeros(2, 11).double(), R], dim=1)
     ordinary = torch.linalg.lstsq(X.T, Y.T).solution.T
@@ -81,7 +77,7 @@ def test_it_is_one_regression_over_old_and_new_facts() -> None:
 
 @pytest.mark.equation("memit-one-fact", "memit-votes")
 def test_what_is_written_is_a_mean_of_old_and_new() -> None:
-    C0, k, R, lam = moment(4), normal(2, 4, 1), normal(3, 3, 2), 5.0
+    C0, k, R, lam = moment(4), draw(2, 4, 1), draw(3, 3, 2), 5.0
     rho = float(k.T @ torch.linalg.solve(C0, k))
     alone = ue.objective.solve(C0, k, R[:, :1], ridge=lam)
     share = rho / (lam + rho)
@@ -97,7 +93,7 @@ def test_what_is_written_is_a_mean_of_old_and_new() -> None:
 @pytest.mark.equation("memit-sequential")
 @pytest.mark.parametrize("sizes", [(2, 2), (4, 3), (1, 9)])
 def test_batch_after_batch_is_all_at_once(sizes: tuple[int, int]) -> None:
-    C0, K, R, lam = moment(5), normal(2, 5, sum(sizes)), normal(3, 4, sum(sizes)), 0.7
+    C0, K, R, lam = moment(5), draw(2, 5, sum(sizes)), draw(3, 4, sum(sizes)), 0.7
     (K1, K2), (R1, R2) = K.split(sizes, dim=1), R.split(sizes, dim=1)
     first = solve(C0, K1, R1, lam)
     then = next_update(C0, K1, K2, R2 - first @ K2, lam)
@@ -107,7 +103,7 @@ def test_batch_after_batch_is_all_at_once(sizes: tuple[int, int]) -> None:
 
 
 def test_contradictions_are_refused_by_the_equality_only() -> None:
-    C0, k, R = moment(4), normal(2, 4, 1), normal(3, 3, 2)
+    C0, k, R = moment(4), draw(2, 4, 1), draw(3, 3, 2)
     with pytest.raises(InfeasibleError):
         ue.objective.solve(C0, k.expand(4, 2), R)
     assert ue.objective.solve(C0, k.expand(4, 2), R, ridge=1e-3).delta.isfinite().all()

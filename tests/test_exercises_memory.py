@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import unified_edit as ue
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.memory import (
     check_add_association,
     check_associative_memory,
@@ -24,10 +24,6 @@ from unified_edit.exercises.memory import (
 Check = Callable[[Any], str]
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 def eye(d: int) -> Tensor:
     return torch.eye(d, dtype=torch.float64)
 
@@ -37,7 +33,7 @@ def eye(d: int) -> Tensor:
 
 @pytest.mark.equation("memory-outer", "memory-crosstalk")
 def test_what_an_outer_product_memory_recalls() -> None:
-    K, V = normal(0, 5, 4), normal(1, 3, 4)
+    K, V = draw(0, 5, 4), draw(1, 3, 4)
     W = sum(torch.outer(v, k) for k, v in zip(K.T, V.T, strict=True))
     own = V * K.square().sum(dim=0)
     # sums of a handful of products of numbers of order one, in float64
@@ -49,13 +45,13 @@ def test_what_an_outer_product_memory_recalls() -> None:
 @pytest.mark.equation("memory-normal", "memory-pinv")
 @pytest.mark.parametrize("count", [3, 5, 9])
 def test_the_pseudoinverse_memory_is_the_smallest_of_the_best(count: int) -> None:
-    K, V = normal(0, 5, count), normal(1, 3, count)
+    K, V = draw(0, 5, count), draw(1, 3, count)
     W = smallest_memory(K, V)
     assert torch.allclose(W @ K @ K.T, V @ K.T, atol=1e-10)
     best = (W @ K - V).norm()
     assert (best < 1e-10) == (count <= 5)
     for seed in range(20):
-        other = W + normal(10 + seed, 3, 5)
+        other = W + draw(10 + seed, 3, 5)
         assert (other @ K - V).norm() > best
         free = (other - W) @ (eye(5) - K @ torch.linalg.pinv(K))  # does nothing to the keys
         if count < 5:
@@ -65,7 +61,7 @@ def test_the_pseudoinverse_memory_is_the_smallest_of_the_best(count: int) -> Non
 
 @pytest.mark.equation("memory-pinv", "memory-add")
 def test_the_library_with_an_identity_for_c0_adds_associations() -> None:
-    W0, K, V = normal(0, 3, 6), normal(1, 6, 2), normal(2, 3, 2)
+    W0, K, V = draw(0, 3, 6), draw(1, 6, 2), draw(2, 3, 2)
     delta = ue.objective.solve(eye(6), K, V - W0 @ K).delta
     assert torch.allclose(delta, smallest_memory(K, V - W0 @ K), atol=1e-12)
     one = ue.objective.solve(eye(6), K[:, :1], (V - W0 @ K)[:, :1]).delta
@@ -74,7 +70,7 @@ def test_the_library_with_an_identity_for_c0_adds_associations() -> None:
 
 @pytest.mark.equation("memory-add", "memory-disturb")
 def test_adding_disturbs_by_the_product_of_the_keys() -> None:
-    W, k, v, x = normal(0, 3, 6), normal(1, 6), normal(2, 3), normal(3, 6)
+    W, k, v, x = draw(0, 3, 6), draw(1, 6), draw(2, 3), draw(3, 6)
     new = with_association(W, k, v)
     assert torch.allclose(new @ k, v)
     assert torch.allclose(new @ x - W @ x, (k @ x) / (k @ k) * (v - W @ k))
@@ -85,9 +81,9 @@ def test_adding_disturbs_by_the_product_of_the_keys() -> None:
 @pytest.mark.equation("memory-noise", "memory-beyond")
 def test_errors_of_random_memories_are_as_the_theorems_say() -> None:
     d_k, count, repeats = 12, 20, 400
-    K = normal(0, repeats, d_k, count)
+    K = draw(0, repeats, d_k, count)
     K = K / K.norm(dim=1, keepdim=True)
-    V = normal(1, repeats, 3, count)
+    V = draw(1, repeats, 3, count)
     outer = (V @ K.mT @ K - V).square().sum() / V.square().sum()
     # 24,000 squares of about 19/12, dependent within a memory: a few percent
     assert float(outer) == pytest.approx((count - 1) / d_k, rel=0.05)

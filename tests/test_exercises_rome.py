@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
@@ -24,12 +24,8 @@ from unified_edit.objective import Metric, solve
 Check = Callable[[Any], str]
 
 
-def keys(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 def moment(d: int) -> Tensor:
-    K0 = keys(7, d, 4 * d)
+    K0 = draw(7, d, 4 * d)
     return K0 @ K0.T / (4 * d)
 
 
@@ -42,7 +38,7 @@ def cost(delta: Tensor, C0: Tensor) -> float:
 
 @pytest.mark.equation("rome-gradient", "rome-stationary", "rome-multiplier", "rome-update")
 def test_the_update_is_stationary_and_what_the_library_solves() -> None:
-    C0, k, r = moment(6), keys(1, 6), keys(2, 3)
+    C0, k, r = moment(6), draw(1, 6), draw(2, 3)
     delta = rank_one_update(C0, k, r)
     multipliers = r / (k @ torch.linalg.inv(C0) @ k)
     X = delta.clone().requires_grad_()
@@ -56,10 +52,10 @@ def test_the_update_is_stationary_and_what_the_library_solves() -> None:
 
 @pytest.mark.equation("rome-excess")
 def test_another_update_costs_more_by_its_difference() -> None:
-    C0, k, r = moment(5), keys(3, 5), keys(4, 2)
+    C0, k, r = moment(5), draw(3, 5), draw(4, 2)
     best = solve(C0, k[:, None], r[:, None])
     for seed in range(10, 30):
-        noise = keys(seed, 2, 5)
+        noise = draw(seed, 2, 5)
         Z = noise - torch.outer(noise @ k, k) / (k @ k)
         excess = cost(best.delta + Z, C0) - best.diagnosis.preservation_error
         assert excess == pytest.approx(cost(Z, C0), rel=1e-9)
@@ -68,7 +64,7 @@ def test_another_update_costs_more_by_its_difference() -> None:
 
 @pytest.mark.equation("rome-disturbance")
 def test_a_later_fact_leaves_its_share_at_an_earlier_key() -> None:
-    C0, K, R = moment(6), keys(5, 6, 4), keys(6, 3, 4)
+    C0, K, R = moment(6), draw(5, 6, 4), draw(6, 3, 4)
     metric = Metric(C0)
     written = torch.zeros(3, 6, dtype=torch.float64)
     for i in range(4):
@@ -82,7 +78,7 @@ def test_a_later_fact_leaves_its_share_at_an_earlier_key() -> None:
 
 @pytest.mark.equation("rome-mixed", "rome-mixed-norm")
 def test_a_second_key_inflates_the_cost() -> None:
-    C0, k, k_star, r = moment(5), keys(8, 5), keys(9, 5), keys(10, 3)
+    C0, k, k_star, r = moment(5), draw(8, 5), draw(9, 5), draw(10, 3)
     inverse = torch.linalg.inv(C0)
     delta = torch.outer(r, inverse @ k_star) / (k_star @ inverse @ k)
     assert torch.allclose(delta @ k, r)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unified_edit.distribution import shares
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.spreading import (
     check_best_shares,
     check_parts,
@@ -25,12 +26,8 @@ Check = Callable[[Any], str]
 KINDS = ("memit", "pmet", "full")
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 def metric(seed: int, d: int = 6) -> Metric:
-    keys = normal(seed, d, 3 * d)
+    keys = draw(seed, d, 3 * d)
     return Metric(keys @ keys.T / (3 * d))
 
 
@@ -46,10 +43,10 @@ def rarity(of: Metric, k: Tensor) -> float:
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_each_layer_gets_its_part(kind: Any, n: int) -> None:
     """The loop itself, with keys that stay and writes that arrive as they are."""
-    R = normal(0, 4, 3)
+    R = draw(0, 4, 3)
     target, now, written = R.clone(), torch.zeros_like(R), []
     for place, share in enumerate(shares(n, kind)):
-        K = normal(10 + place, 6, 3)
+        K = draw(10 + place, 6, 3)
         written.append(solve(metric(20 + place), K, share * (target - now)).delta @ K)
         now = now + written[-1]
     for part, of_layer in zip(
@@ -79,10 +76,10 @@ def test_pmet_gives_more_to_the_early_layers_and_full_all_to_the_first() -> None
 @pytest.mark.equation("spread-left")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_ridge_leaves_the_product(kind: Any) -> None:
-    lam, r = 2.0, normal(1, 4, 1)
+    lam, r = 2.0, draw(1, 4, 1)
     left, product = r.clone(), 1.0
     for place, share in enumerate(shares(4, kind)):
-        of, k = metric(30 + place), normal(40 + place, 6, 1)
+        of, k = metric(30 + place), draw(40 + place, 6, 1)
         left = left - solve(of, k, share * left, ridge=lam).delta @ k
         product *= 1 - share * rarity(of, k) / (lam + rarity(of, k))
     assert torch.allclose(left, product * r, rtol=1e-9)
@@ -91,11 +88,11 @@ def test_a_ridge_leaves_the_product(kind: Any) -> None:
 @pytest.mark.equation("spread-optimal")
 def test_shares_by_rarity_cost_least() -> None:
     metrics = [metric(50 + i) for i in range(3)]
-    keys = [normal(60 + i, 6, 1) for i in range(3)]
+    keys = [draw(60 + i, 6, 1) for i in range(3)]
     rho = torch.tensor(
         [rarity(m, k) for m, k in zip(metrics, keys, strict=True)], dtype=torch.float64
     )
-    r = normal(2, 4, 1)
+    r = draw(2, 4, 1)
 
     def cost(parts: Tensor) -> float:
         updates = [
@@ -108,7 +105,7 @@ def test_shares_by_rarity_cost_least() -> None:
     least = cost(best)
     assert least == pytest.approx(float(r.square().sum() / rho.sum()), rel=1e-9)
     for seed in range(20):
-        other = best + 0.1 * normal(seed, 3)
+        other = best + 0.1 * draw(seed, 3)
         assert cost(other / other.sum()) > least
     # the same as one edit of the stacked key under the block-diagonal second moment
     factor = torch.block_diag(*(m.factor for m in metrics))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unified_edit.exercises import ExerciseError
+from unified_edit.exercises._check import draw
 from unified_edit.exercises.value import (
     check_kl,
     check_project,
@@ -23,23 +24,19 @@ from unified_edit.exercises.value import (
 Check = Callable[[Any], str]
 
 
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
-
-
 # --- equations ------------------------------------------------------------------------------------
 
 
 @pytest.mark.equation("value-clamp")
 def test_no_point_of_the_ball_is_nearer_than_the_projection() -> None:
-    deltas, inits = 3 * normal(0, 4, 6), normal(1, 4, 6)
+    deltas, inits = 3 * draw(0, 4, 6), draw(1, 4, 6)
     found = projected(deltas, inits, 0.75)
     limits = 0.75 * inits.norm(dim=0)
     assert (found.norm(dim=0) <= limits * (1 + 1e-12)).all()
     assert (deltas.norm(dim=0) > limits).any()
     distance = (found - deltas).norm(dim=0)
     for seed in range(50):
-        other = normal(seed + 2, 4, 6)
+        other = draw(seed + 2, 4, 6)
         other = (
             other
             / other.norm(dim=0)
@@ -52,13 +49,13 @@ def test_no_point_of_the_ball_is_nearer_than_the_projection() -> None:
 
 @pytest.mark.equation("value-kl")
 def test_the_divergence_is_that_of_torch_and_flat_where_nothing_changed() -> None:
-    initial = normal(0, 8).log_softmax(0)
+    initial = draw(0, 8).log_softmax(0)
     logits = initial.clone().requires_grad_()
     flat = divergence(logits.log_softmax(0), initial)
     flat.backward()
     assert logits.grad is not None
     assert float(logits.grad.norm()) < 1e-12
-    now = normal(1, 8).log_softmax(0)
+    now = draw(1, 8).log_softmax(0)
     expected = torch.nn.functional.kl_div(initial, now, reduction="sum", log_target=True)
     assert torch.isclose(divergence(now, initial), expected)
     assert float(expected) > 0
