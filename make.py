@@ -4,7 +4,7 @@
     python make.py book        set up, execute every notebook in a copy of book/, render the pages
     python make.py book --model gpt2-xl   the same on another model, into _build/gpt2-xl
     python make.py test        set up, lint, unit tests, nbval, strict build from committed outputs,
-                               its pages in a browser (where there is one)
+                               its pages in a browser (under CI, there must be one)
     python make.py notebooks   set up, execute the notebooks of book/ in place, normalise outputs
     python make.py lint        set up, ruff and mypy only
     python make.py nbval       set up, notebooks against their outputs only (--threads 2: of torch)
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -26,27 +25,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent
 BOOK = ROOT / "book"
 BUILD = ROOT / "_build"
+NOTEBOOKS = ROOT / "tools" / "notebooks.py"
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
 EXTRAS = "book,test,peft,plot"
 
 MODEL = "atlas"  # outputs in git are atlas's
 WORKERS = 2
-CELL_SECONDS = 300
 LARGE_MODEL_CELL_SECONDS = 24 * 3600  # of a model other than atlas: statistics take hours
-LARGEST_NOTEBOOK = 1_500_000  # bytes; readers clone this
 STRICT = ("-W", "-n", "--keep-going")
 PAGES = "UNIFIED_EDIT_PAGES"  # the folder whose pages tests/test_pages.py opens
+SUMS = ("tests", "failures", "errors", "skipped")  # what a JUnit report counts
 # Folders of _build that no model's book may take.
 RESERVED = {"cache", "html", "hypothesis", "pytest_cache", "reports", "src", "strict"}
 
@@ -155,160 +152,17 @@ def check_tree(before: list[str] | None) -> None:
         raise Failure("the command left changes in the working tree:\n  " + "\n  ".join(new))
 
 
-# --- notebooks ------------------------------------------------------------------------------------
-
-
-def notebooks(folder: Path) -> list[Path]:
-    """Notebooks below a folder, without hidden folders and build folders."""
-    return sorted(
-        path
-        for path in folder.rglob("*.ipynb")
-        if not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    )
-
-
-def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
-    """Code cells that hold anything; blank ones are not executed."""
-    return [
-        cell
-        for cell in notebook["cells"]
-        if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
-    ]
-
-
-def normalise(notebook: dict[str, Any]) -> dict[str, Any]:
-    """The notebook without what depends on when and where it was executed (changed in place)."""
-    notebook["metadata"] = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {
-            "file_extension": ".py",
-            "mimetype": "text/x-python",
-            "name": "python",
-            "pygments_lexer": "ipython3",
-        },
-        **{
-            key: value
-            for key, value in notebook["metadata"].items()
-            if key not in ("kernelspec", "language_info", "widgets")
-        },
-    }
-    for cell in notebook["cells"]:
-        for key in ("execution", "collapsed", "scrolled", "ExecuteTime"):
-            cell["metadata"].pop(key, None)
-        if cell["cell_type"] == "code" and not "".join(cell["source"]).strip():
-            cell["execution_count"], cell["outputs"] = None, []
-    return notebook
-
-
-def output_texts(output: dict[str, Any]) -> Iterator[str]:
-    """Everything a reader can read in one output: streams, text, HTML, tracebacks."""
-    data = output.get("data", {})
-    parts = [output.get("text"), output.get("traceback")]
-    parts += [data[kind] for kind in data if kind.startswith("text/")]
-    for part in parts:
-        if part:
-            text = part if isinstance(part, str) else "".join(part)
-            yield re.sub(r"data:image/[^\"]*", "", text)  # a picture inside of HTML is no text
-
-
-MACHINE_PATH = re.compile(
-    r"(?<![\w:/.<])/(?:[\w.-]+/){2,}[\w.-]+"  # /a/b/c, but neither an address nor a closing tag
-    r"|(?<![\w])[A-Za-z]:\\\\?[\w.-]+\\"  # C:\a\
-    r"|file://"
-)
-
-
-def faults(notebook: dict[str, Any]) -> list[str]:
-    """What a committed notebook may not have, each with its cell; an empty list is a good one."""
-    found = []
-    cells = code_cells(notebook)
-    counts = [cell.get("execution_count") for cell in cells]
-    if counts != list(range(1, len(cells) + 1)):
-        found.append(f"cells were not executed once each, in order, in a fresh kernel: {counts}")
-    for number, cell in enumerate(cells, start=1):
-        where = f"code cell {number}"
-        metadata = cell["metadata"]
-        if "execution" in metadata:
-            found.append(f"{where}: execution times are stored")
-        for output in cell.get("outputs", []):
-            expected = "raises-exception" in metadata.get("tags", [])
-            if output["output_type"] == "error" and not expected:
-                found.append(f"{where}: stored error {output.get('ename')}: {output.get('evalue')}")
-            for text in output_texts(output):
-                if match := MACHINE_PATH.search(text):
-                    found.append(f"{where}: a path of this machine in an output: {match.group()}")
-            pictures = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
-            alt = metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-            if pictures and not alt.strip():
-                found.append(f"{where}: no alt text (cell metadata mystnb: image: alt)")
-    spec = notebook["metadata"].get("kernelspec", {}).get("name")
-    if spec != "python3":
-        found.append(f"kernelspec is {spec!r}, not 'python3'")
-    size = len(json.dumps(notebook, ensure_ascii=False).encode())
-    if size > LARGEST_NOTEBOOK:
-        found.append(f"{size / 1e6:.1f} MB: shrink its figures")
-    return found
-
-
-def execute_one(path: Path, shown: str) -> None:
-    """Execute one notebook in place in a fresh kernel; needs nbclient, so runs inside `.venv`."""
-    own_model = os.environ.get("UNIFIED_EDIT_MODEL", MODEL) == MODEL
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.execution_count, cell.outputs = None, []
-    started = 0
-
-    def count(cell: Any, cell_index: int) -> None:
-        nonlocal started
-        started += 1
-
-    client = NotebookClient(
-        notebook,
-        timeout=CELL_SECONDS if own_model else LARGE_MODEL_CELL_SECONDS,
-        kernel_name="python3",
-        record_timing=False,
-        resources={"metadata": {"path": str(path.parent)}},
-        on_cell_execute=count,
-    )
-    try:
-        client.execute()
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-        number = f"code cell {started} of {len(code_cells(notebook))}"
-        raise Failure(f"{shown}, {number} failed:\n{text.rstrip()}") from None
-    nbformat.write(nbformat.from_dict(normalise(notebook)), path)
-
-
-def execute_all(python: Path, folder: Path, model: str = MODEL) -> None:
-    """Execute all notebooks of a folder in place, two at a time; `Failure` names every bad one."""
-    paths = notebooks(folder)
-    if not paths:
-        raise Failure(f"{folder.relative_to(ROOT)} holds no notebook")
-    workers = WORKERS if model == MODEL else 1  # a large model fits into memory once
-    env = environment(max(1, (os.cpu_count() or 1) // workers), model)
-
-    def one(path: Path) -> str | None:
-        began = time.monotonic()
-        name = path.relative_to(folder).as_posix()
-        command = [str(python), str(ROOT / "make.py"), "_execute", str(path), name]
-        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if result.returncode:
-            return (result.stdout + result.stderr).strip()
-        say(f"executed {name} in {time.monotonic() - began:.0f} s")
-        return None
-
-    with ThreadPoolExecutor(workers) as pool:
-        failures = [text for text in pool.map(one, paths) if text]
-    if failures:
-        raise Failure("notebooks failed\n\n" + "\n\n".join(failures))
-
-
 # --- the book -------------------------------------------------------------------------------------
+
+
+def execute(python: Path, folder: Path, model: str = MODEL) -> None:
+    """Execute all notebooks of a folder in place; `Failure` if one of them fails."""
+    one = model != MODEL  # a large model fits into memory once
+    command = [python, NOTEBOOKS, "execute", folder]
+    if one:
+        command += ["--workers", "1", "--cell-seconds", str(LARGE_MODEL_CELL_SECONDS)]
+    threads = max(1, (os.cpu_count() or 1) // (1 if one else WORKERS))
+    run(command, "executing notebooks", environment(threads, model))
 
 
 def render(python: Path, source: Path, output: Path, model: str = MODEL) -> Path:
@@ -349,21 +203,15 @@ def book(python: Path, model: str = MODEL) -> None:
     shutil.rmtree(source, ignore_errors=True)
     ignored = shutil.ignore_patterns(".*", "_build", "__pycache__")
     shutil.copytree(BOOK, source, ignore=ignored)
-    execute_all(python, source, model)
+    execute(python, source, model)
     index = render(python, source, ROOT if model == MODEL else folder, model)
     say(f"the book is ready; open {index.relative_to(ROOT)}")
 
 
 def rewrite_notebooks(python: Path) -> None:
-    """Execute the notebooks of `book/` in place and hold the outputs against `faults`."""
-    execute_all(python, BOOK)
-    found = [
-        f"{path.relative_to(ROOT).as_posix()}: {fault}"
-        for path in notebooks(BOOK)
-        for fault in faults(json.loads(path.read_text(encoding="utf-8")))
-    ]
-    if found:
-        raise Failure("outputs that may not be committed:\n  " + "\n  ".join(found))
+    """Execute the notebooks of `book/` in place and look for what may not be committed."""
+    execute(python, BOOK)
+    run([python, NOTEBOOKS, "check", BOOK], "the check of outputs")
 
 
 # --- tests ----------------------------------------------------------------------------------------
@@ -383,9 +231,10 @@ def pytest(
     arguments: Sequence[str],
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Run pytest on two processes, a module or notebook to each; the report is JUnit XML.
+    """Run pytest on two processes; the report is JUnit XML.
 
-    `more` are environment variables beside those of `environment`.
+    A module or notebook goes to one of them as a whole, unless `arguments` say otherwise. `more`
+    are environment variables beside those of `environment`.
     """
     options = ["-q", "-n", str(WORKERS), "--dist", "loadscope", f"--junitxml={report}"]
     options += ["-o", f"cache_dir={BUILD / 'pytest_cache'}"]
@@ -393,28 +242,29 @@ def pytest(
     run([python, "-m", "pytest", *options, *arguments], what, env)
 
 
-@dataclass
-class Counts:
-    """Tests that passed, failed (errors included) and were skipped."""
+def summary(reports: Mapping[str, Path]) -> list[str]:
+    """The sum of JUnit reports and, as a last line, what was skipped and what each needs.
 
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-
-    def add(self, report: Path) -> None:
-        """Add the counts of a JUnit report; a missing one adds nothing."""
-        if not report.exists():
-            return
-        for suite in ElementTree.parse(report).getroot().iter("testsuite"):
-            total, failures, errors, skipped = (
-                int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")
-            )
-            self.failed += failures + errors
-            self.skipped += skipped
-            self.passed += total - failures - errors - skipped
-
-    def __str__(self) -> str:
-        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+    `reports` names the kind of tests in each file; a file that is not there adds nothing.
+    """
+    counts: Counter[str] = Counter()
+    skipped: Counter[tuple[str, str]] = Counter()
+    for kind, report in reports.items():
+        if report.exists():
+            root = ElementTree.parse(report).getroot()
+            for suite in root.iter("testsuite"):
+                counts.update({key: int(suite.get(key, 0)) for key in SUMS})
+            skipped.update((kind, case.get("message", "")) for case in root.iter("skipped"))
+    if not counts:
+        return []
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    lines = [f"{passed} passed, {failed} failed, {counts['skipped']} skipped"]
+    reasons = [
+        f"{number} {kind} {'test was' if number == 1 else 'tests were'} skipped: {reason}"
+        for (kind, reason), number in sorted(skipped.items(), key=lambda item: item[1])
+    ]
+    return [*lines, " | ".join(reasons)] if reasons else lines
 
 
 def nbval(python: Path, threads: int = 1) -> None:
@@ -424,23 +274,25 @@ def nbval(python: Path, threads: int = 1) -> None:
 
 
 def test(python: Path) -> None:
-    """All stages in order, up to the first that fails; the last line is the sum of all tests."""
-    reports = BUILD / "reports"
-    shutil.rmtree(reports, ignore_errors=True)
-    unit, chapters, pages = (reports / f"{name}.xml" for name in ("unit", "notebooks", "pages"))
+    """All stages in order, up to the first that fails; then the sum of all tests."""
+    folder = BUILD / "reports"
+    shutil.rmtree(folder, ignore_errors=True)
+    reports = {
+        "unit": folder / "unit.xml",
+        "notebook": folder / "notebooks.xml",
+        "page": folder / "pages.xml",
+    }
     browser = "tests/test_pages.py"
-    others = ["tests", f"--ignore={browser}"]
     strict = BUILD / "strict"
     rendered = {PAGES: str(strict / "_build" / "html")}
+    others = ["tests", f"--ignore={browser}"]
+    shared = [browser, "--dist", "loadgroup"]  # each page goes to one process as a whole
     stages: list[tuple[str, Callable[[], object]]] = [
         ("lint and types", lambda: lint(python)),
-        (
-            "unit tests",
-            lambda: pytest(python, "unit tests", unit, others),
-        ),
+        ("unit tests", lambda: pytest(python, "unit tests", reports["unit"], others)),
         ("notebooks", lambda: nbval(python)),
         ("strict build", lambda: render(python, BOOK, strict)),
-        ("pages in a browser", lambda: pytest(python, "pages", pages, [browser], rendered)),
+        ("pages in a browser", lambda: pytest(python, "pages", reports["page"], shared, rendered)),
     ]
     try:
         for number, (name, stage) in enumerate(stages, start=1):
@@ -449,18 +301,15 @@ def test(python: Path) -> None:
             stage()
             say(f"{name}: passed in {time.monotonic() - began:.0f} s")
     finally:
-        counts = Counts()
-        for report in (unit, chapters, pages):
-            counts.add(report)
-        if counts != Counts():
-            print(counts, flush=True)
+        for line in summary(reports):
+            print(line, flush=True)
 
 
 def clean(everything: bool) -> None:
     """Remove builds and caches, and `.venv` too if `everything`."""
     for name in ["_build", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "dist"]:
         shutil.rmtree(ROOT / name, ignore_errors=True)
-    for folder in ("unified_edit", "tests", "benchmarks", "book"):
+    for folder in ("unified_edit", "tests", "benchmarks", "book", "tools"):
         for cache in list((ROOT / folder).rglob("__pycache__")):
             shutil.rmtree(cache, ignore_errors=True)
     if everything:
@@ -508,10 +357,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     if sys.version_info < (3, 11):  # noqa: UP036 (the interpreter here is the user's own)
         sys.exit(f"make.py needs Python 3.11 or newer; this is {sys.version.split()[0]}")
-    if sys.argv[1:2] == ["_execute"]:  # one notebook, inside .venv: see execute_all
-        try:
-            execute_one(Path(sys.argv[2]), sys.argv[3])
-        except Failure as failure:
-            sys.exit(str(failure))
-        sys.exit(0)
     sys.exit(main())

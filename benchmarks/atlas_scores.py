@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import unified_edit as ue
-from unified_edit.statistics_cache import statistics_for
+from unified_edit.statistics.cache import statistics_for
 
 log = logging.getLogger("atlas_scores")
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _layers(model: torch.nn.Module, method: ue.Method) -> tuple[int, ...]:
-    from unified_edit.models import anatomy
+    from unified_edit.model.anatomy import anatomy
 
     return method.resolve(anatomy(model)).layers or ()
 

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 import unified_edit as ue
-from unified_edit.questions import Sheet, to_table
-from unified_edit.report import AFTER, Report
-from unified_edit.statistics_cache import statistics_for
-from unified_edit.values import Values
-from unified_edit.values_cache import values_for
+from unified_edit.editing.values import Values
+from unified_edit.editing.values_cache import values_for
+from unified_edit.measuring.questions import Sheet, to_table
+from unified_edit.measuring.report import Report
+from unified_edit.measuring.scores import AFTER
+from unified_edit.statistics.cache import statistics_for
 
 log = logging.getLogger("objective_by_distribution")
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 import unified_edit as ue
-from unified_edit.fingerprints import tensor_hash
-from unified_edit.models import anatomy
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.fingerprints import tensor_hash
 
 log = logging.getLogger("real_shapes")
 

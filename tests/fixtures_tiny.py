@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from unified_edit.errors import ModelChangedError
-from unified_edit.key_statistics import KeyStatistics
-from unified_edit.ledger import _LEDGERS
+from unified_edit.errors import ModelChangedError, ModelError
+from unified_edit.model import Ledger, ledger_of
+from unified_edit.statistics import KeyStatistics
 
 END = "<|endoftext|>"
 PLACES = ("Rome", "Paris", "Oslo", "Vienna", "Madrid", "Lisbon", "Dublin", "Athens")
@@ -176,12 +176,20 @@ def _bytes(tensor: Tensor | None) -> object:
     return str(tensor.dtype), tuple(tensor.shape), str(tensor.device), data
 
 
+def _ledger(model: nn.Module) -> Ledger | None:
+    """The ledger of a model; None for one that cannot be edited and so has none."""
+    try:
+        return ledger_of(model)  # type: ignore[arg-type]
+    except ModelError:
+        return None
+
+
 def snapshot(model: nn.Module) -> dict[str, object]:
     """Everything about `model` and the process that a refused or failed edit must leave alone."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    ledger = _LEDGERS.get(model)  # type: ignore[call-overload]
+    ledger = _ledger(model)
     state: dict[str, object] = {
         "weights": {name: _bytes(value) for name, value in parameters.items()},
         "weight objects": {name: id(value) for name, value in parameters.items()},

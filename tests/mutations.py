@@ -39,6 +39,7 @@ class Fault:
 
 
 OBJECTIVE = ("tests/test_objective.py",)
+METRICS = ("tests/test_metrics.py",)
 KEYS = ("tests/test_recipe.py", "-k", "test_keys and double")
 VALUES = ("tests/test_values.py", "-k", "test_values and double")
 WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and double")
@@ -51,6 +52,7 @@ TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages"
 #: The chapters about what those tests test. How files are damaged is nothing for a book.
 CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
+    METRICS: (),
     KEYS: ("rome", "first_edit"),
     VALUES: ("values",),
     WHOLE: ("spreading",),
@@ -62,19 +64,33 @@ CHAPTERS = {
 }
 
 FAULTS = (
-    Fault("a sign in the residual correction", "objective.py",
+    Fault("a sign in the residual correction", "objective/solver.py",
           "left = left + times_inverse(R - matmul(left, matmul(right, K)))",
           "left = left - times_inverse(R - matmul(left, matmul(right, K)))", OBJECTIVE),
-    Fault("ridge not added", "objective.py",
+    Fault("ridge not added", "objective/solver.py",
           "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, lam))",
           "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, 1e-9 * lam))", OBJECTIVE),
-    Fault("a transpose in the metric", "metric.py",
+    Fault("a transpose in the metric", "objective/metric.py",
           "product: Tensor = solve_triangular(self.factor, rows, upper=False, left=False)",
           "product: Tensor = solve_triangular(self.factor.mT, rows, upper=True, left=False)",
           OBJECTIVE),
-    Fault("singular directions kept in the limit", "objective.py",
+    Fault("singular directions kept in the limit", "objective/solver.py",
           "U, s, V = U[:, :rank], s[:rank], Vh[:rank].mT",
           "U, s, V = U, s, Vh.mT", OBJECTIVE),
+    Fault("rounding passed on by a tiny ridge", "objective/solver.py",
+          "keep = s > rounding", "keep = s > 0", OBJECTIVE),
+    Fault("the rank of a batch from d_in, not from the whitened keys", "objective/feasibility.py",
+          "tall = n >= E", "tall = d_in >= E", METRICS),
+    Fault("keys in dead coordinates go unnoticed", "objective/metric.py",
+          "if K.count_nonzero() != whole.count_nonzero():", "if False:", METRICS),
+    Fault("dead coordinates of an update out of order", "objective/metric.py",
+          "index_copy_(1, self.alive, product)",
+          "index_copy_(1, self.alive.flip(0), product)", METRICS),
+    Fault("a history weighs its root", "objective/metric.py",
+          "K = math.sqrt(weight) * self._own", "K = weight * self._own", METRICS),
+    Fault("what a history reaches stays dead", "objective/metric.py",
+          "reached = (K != 0).any(dim=1).index_fill_(0, self.alive, True)",
+          "reached = (K != K).any(dim=1).index_fill_(0, self.alive, True)", METRICS),
     Fault("plain for typed key mean", "keys.py",
           'if mean == "typed" and count > 1:', 'if mean == "plain" and count > 1:', KEYS),
     Fault("bare prompt weighs too much", "keys.py",

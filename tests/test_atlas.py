@@ -8,13 +8,13 @@ from importlib.resources import files
 
 import pytest
 import torch
+from unified_edit.atlas.trace import fact_of, main
 
 import unified_edit as ue
-from unified_edit.atlas.build import recall
+from tools.build_atlas import recall
 from unified_edit.atlas.knowledge import fill
 from unified_edit.atlas.records import EDIT_WORDINGS, ONE_TO_ONE, SHARED_BY, atlas_records
-from unified_edit.atlas.trace import fact_of, main
-from unified_edit.models import anatomy
+from unified_edit.model.anatomy import anatomy
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-import unified_edit.editor as editor_module
-import unified_edit.files as files_module
-import unified_edit.key_statistics as statistics_module
-import unified_edit.values as values_module
-from unified_edit.editor import Editor, edit, optimise_values
-from unified_edit.edits import FORMAT as EDIT_FORMAT
-from unified_edit.edits import Edit
+import unified_edit.editing.editor as editor_module
+import unified_edit.editing.values as values_module
+import unified_edit.model.tensor_files as files_module
+import unified_edit.statistics.key_statistics as statistics_module
+from unified_edit.editing.editor import Editor, edit, optimise_values
+from unified_edit.editing.edits import FORMAT as EDIT_FORMAT
+from unified_edit.editing.edits import Edit
+from unified_edit.editing.keys import compute_keys
+from unified_edit.editing.methods import EMMET, MEMIT, METHODS, ROME, Contexts, Method
 from unified_edit.errors import (
     ContradictionError,
     EditError,
@@ -60,14 +62,12 @@ from unified_edit.errors import (
     TokenizationError,
     UnifiedEditError,
 )
-from unified_edit.facts import Fact, Record
-from unified_edit.files import read_safetensors, write_safetensors
-from unified_edit.key_statistics import KeyStatistics
-from unified_edit.keys import compute_keys
-from unified_edit.ledger import ledger_of
-from unified_edit.methods import EMMET, MEMIT, METHODS, ROME, Contexts, Method
-from unified_edit.models import anatomy, check_finite
-from unified_edit.readers import read_facts
+from unified_edit.facts.facts import Fact, Record
+from unified_edit.facts.readers import read_facts
+from unified_edit.model.anatomy import anatomy, check_finite
+from unified_edit.model.ledger import ledger_of
+from unified_edit.model.tensor_files import read_safetensors, write_safetensors
+from unified_edit.statistics.key_statistics import KeyStatistics
 
 SHORT: dict[str, Any] = {"steps": 4, "contexts": Contexts(starts=("The",), lengths=(4,))}
 ONE = EMMET.replace(layers=(1,), **SHORT)
@@ -991,7 +991,7 @@ def test_damaged_statistics_in_the_cache_are_made_again(
 ) -> None:
     monkeypatch.setenv("UNIFIED_EDIT_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "unified_edit.statistics_cache.default_corpus", lambda model: iter(tiny_texts * 3)
+        "unified_edit.statistics.cache.default_corpus", lambda model: iter(tiny_texts * 3)
     )
     first = edit(tiny, tiny_tokenizer, [TOWER], ONE).undo()
     (path,) = tmp_path.rglob("layer-1.safetensors")
@@ -1574,7 +1574,7 @@ def test_a_failure_while_prefixes_are_sampled(
     tiny, tiny_tokenizer, tiny_statistics, monkeypatch, failure
 ) -> None:
     edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
-    monkeypatch.setattr("unified_edit.ledger.sample_prefixes", raising(failure, 1, print))
+    monkeypatch.setattr("unified_edit.model.ledger.sample_prefixes", raising(failure, 1, print))
     with refused(tiny, type(failure), str(failure)):
         edit(tiny, tiny_tokenizer, [VIENNA], SPREAD, statistics=tiny_statistics, seed=3)
 
@@ -1719,7 +1719,7 @@ def test_a_full_disk_in_the_cache(
 ) -> None:
     monkeypatch.setenv("UNIFIED_EDIT_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        "unified_edit.statistics_cache.default_corpus", lambda model: iter(tiny_texts * 3)
+        "unified_edit.statistics.cache.default_corpus", lambda model: iter(tiny_texts * 3)
     )
     WRITE_FAILURES[broken](monkeypatch)
     with refused(tiny, OSError, "No space left on device"):
@@ -1731,7 +1731,7 @@ def test_an_adapter_that_cannot_be_written(
     tiny, tiny_tokenizer, tiny_statistics, tmp_path, monkeypatch
 ) -> None:
     pytest.importorskip("peft")
-    import unified_edit.peft_export as peft_module
+    import unified_edit.editing.peft_export as peft_module
 
     made = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
     with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ from checkout import ROOT, load, make
 
 import unified_edit as ue
 from unified_edit import errors
-from unified_edit.exercises import ExerciseError
+from unified_edit.teaching.exercises import ExerciseError
 
 PAGES = pages()
 LABELS = {page.name: equation_labels(page) for page in PAGES}

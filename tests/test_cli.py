@@ -18,10 +18,13 @@ import pytest
 import torch
 
 import unified_edit as ue
-from unified_edit import cli, console, key_statistics, models, statistics_cache
-from unified_edit.console import format_table, read_texts, to_json, write_text
+from unified_edit.command_line import cli, console
+from unified_edit.command_line.console import format_table, read_texts, to_json, write_text
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
-from unified_edit.evaluation import ask, evaluate
+from unified_edit.measuring.evaluation import ask, evaluate
+from unified_edit.model import anatomy as models
+from unified_edit.statistics import cache as statistics_cache
+from unified_edit.statistics import key_statistics
 
 COMMANDS = ("ask", "edit", "evaluate", "statistics")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"

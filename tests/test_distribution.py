@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from unified_edit.distribution import shares
+from unified_edit.editing.spreading import shares
 from unified_edit.errors import MethodError
 
 EPS = 2.0**-52

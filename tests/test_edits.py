@@ -13,8 +13,8 @@ import torch
 
 import unified_edit as ue
 from unified_edit.errors import EditError, EditFileError, ModelChangedError
-from unified_edit.fingerprints import model_fingerprint, tensor_hash
-from unified_edit.models import anatomy
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.fingerprints import model_fingerprint, tensor_hash
 
 TOWER = ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
 CURIE = ue.Fact("{} was born in", "Marie Curie", "Italy", "Poland")
@@ -156,8 +156,8 @@ def test_save_and_load_in_a_new_process(atlas, three, tmp_path):
         import json, sys, torch
         torch.set_num_threads(int(sys.argv[1]))
         import unified_edit as ue
-        from unified_edit.fingerprints import tensor_hash
-        from unified_edit.models import anatomy
+        from unified_edit.model.fingerprints import tensor_hash
+        from unified_edit.model.anatomy import anatomy
         model, _ = ue.load_model("atlas")
         for path in sys.argv[2:]:
             assert ue.Edit.load(path).apply(model).is_applied

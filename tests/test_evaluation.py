@@ -17,8 +17,8 @@ from scipy.stats import binom
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from unified_edit import questions
-from unified_edit.editor import edit
+from unified_edit.editing.editor import edit
+from unified_edit.editing.methods import EMMET, ROME, Contexts
 from unified_edit.errors import (
     ContradictionError,
     EditError,
@@ -28,16 +28,17 @@ from unified_edit.errors import (
     SharedSubjectError,
     TokenizationError,
 )
-from unified_edit.evaluation import ask, compare, evaluate, evaluate_edits
-from unified_edit.facts import Fact, Probe, Record
-from unified_edit.fingerprints import model_fingerprint
-from unified_edit.key_statistics import KeyStatistics
-from unified_edit.ledger import ledger_of
-from unified_edit.methods import EMMET, ROME, Contexts
-from unified_edit.models import anatomy
-from unified_edit.questions import judge
-from unified_edit.report import Report, Score, harmonic_mean, summarise
-from unified_edit.scoring import Continuation, Likelihood, continuations, likelihoods
+from unified_edit.facts.facts import Fact, Probe, Record
+from unified_edit.measuring import questions
+from unified_edit.measuring.evaluation import ask, compare, evaluate, evaluate_edits
+from unified_edit.measuring.questions import judge
+from unified_edit.measuring.report import Report
+from unified_edit.measuring.scores import Score, harmonic_mean, summarise
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.fingerprints import model_fingerprint
+from unified_edit.model.ledger import ledger_of
+from unified_edit.model.likelihoods import Continuation, Likelihood, continuations, likelihoods
+from unified_edit.statistics.key_statistics import KeyStatistics
 
 # --- models ----------------------------------------------------------------------------------
 

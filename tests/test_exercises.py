@@ -26,7 +26,7 @@ from torch import Tensor
 
 import unified_edit as ue
 from unified_edit import exercises
-from unified_edit.exercises import ExerciseError, _check
+from unified_edit.teaching.exercises import ExerciseError, _check
 
 CHAPTERS = {page.name: page for page in notebooks()}
 CALL = re.compile(r"^# (?P<call>ue\.exercises\.(?P<check>check_\w+)\((?P<function>\w+)\))")

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises.a_fact import (
+from unified_edit.measuring.scores import summarise
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.likelihoods import continuations, likelihoods
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises.a_fact import (
     check_harmonic,
     check_mean_logp,
     check_paraphrase_score,
@@ -22,9 +25,6 @@ from unified_edit.exercises.a_fact import (
     mean_log_probability,
     share_won,
 )
-from unified_edit.models import anatomy
-from unified_edit.report import summarise
-from unified_edit.scoring import continuations, likelihoods
 
 Check = Callable[[Any], str]
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
+from unified_edit.editing.methods import SETTINGS
 from unified_edit.errors import InfeasibleError
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises._check import draw
-from unified_edit.exercises.bridge import (
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.bridge import (
     both_errors,
     check_bridge,
     check_filter,
@@ -21,7 +22,6 @@ from unified_edit.exercises.bridge import (
     filtered_update,
     from_released,
 )
-from unified_edit.methods import SETTINGS
 
 Check = Callable[[Any], str]
 

@@ -13,14 +13,14 @@ from torch.linalg import solve_triangular
 
 import unified_edit as ue
 from unified_edit.errors import InfeasibleError
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises.emmet import (
+from unified_edit.objective.solver import Metric
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises.emmet import (
     batch_update,
     check_batch_equality,
     check_feasible,
     is_feasible,
 )
-from unified_edit.objective import Metric
 
 Check = Callable[[Any], str]
 

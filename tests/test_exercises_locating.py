@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unified_edit import exercises
-from unified_edit.exercises import ExerciseError
+from unified_edit.teaching.exercises import ExerciseError
 
 
 def scale(E: Tensor, ids: list[int], factor: float) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises._check import draw
-from unified_edit.exercises.memory import (
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.memory import (
     check_add_association,
     check_associative_memory,
     check_crosstalk,

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises.preserving import (
+from unified_edit.objective.solver import Metric
+from unified_edit.statistics.key_statistics import KeyStatistics, Source
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises.preserving import (
     check_rarities,
     check_second_moment,
     check_shrink,
@@ -20,8 +22,6 @@ from unified_edit.exercises.preserving import (
     mean_second_moment,
     shrunk_moment,
 )
-from unified_edit.key_statistics import KeyStatistics, Source
-from unified_edit.objective import Metric
 
 Check = Callable[[Any], str]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises._check import draw
-from unified_edit.exercises.rome import (
+from unified_edit.objective.solver import Metric, solve
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
     check_rank_one,
@@ -19,7 +20,6 @@ from unified_edit.exercises.rome import (
     rank_one_update,
     two_key_cost,
 )
-from unified_edit.objective import Metric, solve
 
 Check = Callable[[Any], str]
 

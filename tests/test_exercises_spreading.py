@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified_edit.distribution import shares
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises._check import draw
-from unified_edit.exercises.spreading import (
+from unified_edit.editing.spreading import shares
+from unified_edit.objective.solver import Metric, solve
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.spreading import (
     check_best_shares,
     check_parts,
     parts_of_shares,
     shares_by_rarity,
 )
-from unified_edit.objective import Metric, solve
 
 Check = Callable[[Any], str]
 KINDS = ("memit", "pmet", "full")

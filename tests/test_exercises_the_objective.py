@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 import unified_edit as ue
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises.the_objective import (
+from unified_edit.objective.solver import Metric
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises.the_objective import (
     both_errors,
     cheapest_of_its_kind,
     check_move,
@@ -21,7 +22,6 @@ from unified_edit.exercises.the_objective import (
     check_strip,
     key_moves,
 )
-from unified_edit.objective import Metric
 
 Check = Callable[[Any], str]
 

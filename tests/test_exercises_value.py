@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified_edit.exercises import ExerciseError
-from unified_edit.exercises._check import draw
-from unified_edit.exercises.value import (
+from unified_edit.teaching.exercises import ExerciseError
+from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.value import (
     check_kl,
     check_project,
     check_value_loss,

@@ -7,17 +7,19 @@ import json
 import pickle
 import string
 import sys
-import types
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from unified_edit.errors import ContradictionError, FactError, FactFileError
-from unified_edit.facts import Fact, Probe, Record, check_batch, shared_subjects
-from unified_edit.readers import load_records, read_facts, read_records
+from unified_edit.facts.batches import check_batch, check_items, shared_subjects
+from unified_edit.facts.facts import Fact, Probe, Record
+from unified_edit.facts.readers import read_facts, read_records
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TEMPLATE = "{} is located in the city of"
@@ -144,6 +146,7 @@ def test_an_unclear_subject_is_an_error(prompt: str, subject: str, parts: list[s
         (["Rome"], ["must be a string", "got list"]),
         (b"Rome", ["must be a string", "got bytes"]),
         ("a\ud800", ["not valid Unicode", "character 1"]),
+        ("ab\0", ["not valid Unicode", r"'\x00' at character 2"]),
     ],
 )
 def test_a_bad_field_is_named(field: str, value: object, parts: list[str]) -> None:
@@ -170,10 +173,13 @@ def test_equal_targets_are_an_error() -> None:
     Fact(TEMPLATE, "The Louvre", "paris", "Paris")  # another text, so another target
 
 
-@pytest.mark.parametrize("template", ["no slot", "{} and {}"])
-def test_fill_needs_one_slot(template: str) -> None:
-    count = str(template.count("{}"))
-    message(FactError, lambda: TOWER.fill(template), "exactly one {}", f"got {count}", template)
+@pytest.mark.parametrize(
+    ("template", "count"), [("no slot", 0), ("{} and {}", 2), (5, 0), (None, 0)]
+)
+def test_fill_needs_one_slot(template: str, count: int) -> None:
+    message(
+        FactError, lambda: TOWER.fill(template), "exactly one {}", f"got {count}", str(template)
+    )  # fmt: skip
 
 
 # Letters that occur in no word of the texts below, characters that `format` and `%` treat
@@ -238,6 +244,8 @@ def test_a_record_keeps_what_it_is_given() -> None:
     assert pickle.loads(pickle.dumps(record)) == record
     assert hash(record) == hash(replace(record))
     assert Record(TOWER).probes == {}
+    assert Record(TOWER, case_id=np.int64(7)).case_id == 7
+    assert type(Record(TOWER, case_id=torch.tensor(7)).case_id) is int  # type: ignore[arg-type]
 
 
 def test_a_record_does_not_follow_changes_of_what_it_was_made_from() -> None:
@@ -261,6 +269,14 @@ def test_a_record_does_not_follow_changes_of_what_it_was_made_from() -> None:
         ({"probes": [Probe("a", "b")]}, ["Record.probes must be a dict", "got list"]),
         ({"probes": {"own": Probe("a", "b")}}, ["Record.probes['own'] must be a list", "Probe"]),
         ({"probes": {"own": ["a"]}}, ["must hold lists of Probe", "'own'", "Make each a Probe"]),
+        ({"probes": {5: []}}, ["a name in Record.probes must be a string", "int, 5"]),
+        ({"probes": {" ": []}}, ["a name in Record.probes is empty"]),
+        ({"case_id": 1.5}, ["Record.case_id is 1.5", "whole number", "Or give a text"]),
+        ({"case_id": True}, ["Record.case_id is True"]),
+        ({"case_id": ["a"]}, ["Record.case_id is ['a']"]),
+        ({"case_id": "a\ud800"}, ["Record.case_id is not valid Unicode"]),
+        ({"relation": 5}, ["Record.relation must be a string", "int, 5"]),
+        ({"paraphrases": None}, ["Record.paraphrases must be a list", "got NoneType"]),
     ],
 )
 def test_a_bad_record_is_an_error(fields: dict[str, object], parts: list[str]) -> None:
@@ -291,7 +307,11 @@ def test_no_facts_and_things_that_are_no_facts() -> None:
     message(FactError, lambda: check_batch([TOWER, {"prompt": "x"}]), "item 1 is dict", "Fact(...)")  # type: ignore[list-item]
     message(FactError, lambda: check_batch([Record(TOWER)]), "item 0 is Record", "record.fact")  # type: ignore[list-item]
     assert check_batch(TOWER) == [TOWER]
-    message(FactError, lambda: check_batch("abc"), "got str")  # type: ignore[arg-type]
+    message(FactError, lambda: check_batch(Record(TOWER)), "got Record", "record.fact")  # type: ignore[arg-type]
+    message(FactError, lambda: check_batch("abc"), "item 0 is str")  # type: ignore[arg-type]
+    for wrong in (None, 5, torch.tensor(5)):
+        message(FactError, lambda wrong=wrong: check_items(wrong), f"got {type(wrong).__name__}")
+    message(FactError, lambda: shared_subjects([TOWER, None]), "item 1", "NoneType")  # type: ignore[list-item]
 
 
 def test_a_contradiction_names_both_facts() -> None:
@@ -364,7 +384,8 @@ def test_a_wrong_field_on_line_17(tmp_path: Path) -> None:
     for change, parts in [
         ({"target_nwe": "x"}, ["unknown field 'target_nwe'", "Did you mean 'target_new'?"]),
         ({"target": "x"}, ["unknown field 'target'", "Did you mean 'target_new'?"]),
-        ({"ground_truth": "x"}, ["Did you mean 'target_true'?"]),
+        ({"ground_truth": "x"}, ["a record, not a bare fact", "read_records"]),
+        ({"portability": None}, ["a record, not a bare fact"]),
         ({"zzz": 1}, ["unknown field 'zzz'. Expected fields: 'prompt', 'subject'"]),
         (
             {"subject": "gone"},
@@ -381,13 +402,49 @@ def test_a_wrong_field_on_line_17(tmp_path: Path) -> None:
         assert text.startswith(place)
 
 
+@pytest.mark.parametrize("field", ["prompt", "locality", "portability", "case_id", "new"])
+def test_nesting_that_can_just_be_read(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "facts.json"
+    rest = json.dumps({k: v for k, v in {**RECENT, "locality": {}}.items() if k != field})[1:]
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit() + 5):
+        path.write_text(f'{{"{field}": {"[" * depth}{"]" * depth}, {rest}')
+        said = ""
+        try:
+            read_records(path)
+        except FactFileError as error:
+            said = str(error)
+        assert f"{path}, line 1" in said or field == "new"
+
+
+def test_an_object_may_stand_on_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text("\n".join(json.dumps(plain(n), indent=1) for n in range(3)))
+    assert [fact.subject for fact in read_facts(path)] == ["Place 0", "Place 1", "Place 2"]
+
+
+def test_a_text_that_no_file_can_hold_has_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    for text in ("\ud800", "a\udc00b", "a\0"):
+        path.write_text("\n".join(json.dumps({**plain(), "target_new": t}) for t in ("Oslo", text)))
+        for read in (read_facts, read_records):
+            message(
+                FactFileError, lambda read=read: read(path),
+                f"{path}, line 2", "Fact.target_new is not valid Unicode", "Place 0",
+            )  # fmt: skip
+
+
 def test_a_wrong_item_of_a_list_has_its_line(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([plain(1), plain(2), {**plain(3), "subject": 3}], indent=1))
     # two items of five lines each, after the opening bracket
     message(FactFileError, lambda: read_facts(path), f"{path}, item 3 (line 12): field 'subject'")
     path.write_text(json.dumps([plain(1), [plain(2)]]))
-    message(FactFileError, lambda: read_facts(path), "item 2 (line 1): expected an object", "list")
+    message(
+        FactFileError,
+        lambda: read_facts(path),
+        "item 2 (line 1): each item must be an object",
+        "list",
+    )
 
 
 @pytest.mark.parametrize(
@@ -395,15 +452,41 @@ def test_a_wrong_item_of_a_list_has_its_line(tmp_path: Path) -> None:
     [
         (b"", ["holds nothing", "at least one object"]),
         (b"[ ]", ["holds nothing"]),
-        (b'{"prompt": "a"}\n{"prompt": }', ["line 2, column 12", "not valid JSON", "Each line"]),
-        (b'{\n "prompt": "a"\n}', ["line 1", "not valid JSON", "must be a list [{...}, {...}]"]),
+        (b"\xef\xbb\xbf \r\n", ["holds nothing"]),
+        (
+            b'{"prompt": "a"}\n{"prompt": }',
+            ["line 2, column 12", "not valid JSON", "object {...} a line"],
+        ),
+        (b'{\n "prompt": "a"\n}', ["line 1: field 'subject' is missing"]),
+        (
+            b'{"prompt": "a"}\n\n{"prompt": "b"\n{"prompt": "c"}',
+            ["line 3: not valid JSON", "(line 4, "],
+        ),
+        (b'{"prompt": "a"},\n{"prompt": "b"}', ["line 1: not valid JSON", "[{...}, {...}]"]),
+        (b'{"prompt": "a"}\n]', ["line 2: not valid JSON"]),
+        (b'[{"prompt": "a"} {"prompt": "b"}]', ["line 1, column 18", "not valid JSON", "','"]),
+        (b'[{"prompt": "a"},]', ["line 1, column", "not valid JSON"]),
+        (b"[", ["line 1, column 2", "not valid JSON"]),
         (b'[{"prompt": "a"},\n {"prompt" "b"}]', ["line 2, column 12", "not valid JSON"]),
         (b'[{"prompt": "a"}', ["line 1", "not valid JSON", "one list"]),
         (b'[{"prompt": "a"}]\n x', ["line 2", "not valid JSON"]),
         (b'{"prompt": "a", "prompt": "b"}', ["line 1: field 'prompt' is given twice", "Keep one"]),
         (b'[\n{"prompt": "a", "prompt": "b"}]', ["item 1 (line 2): field 'prompt' is given twice"]),
-        (b'"text"', ["line 1: expected an object", "got a string"]),
+        (b'"text"', ["line 1: each item must be an object", "got a string"]),
         (b'{"prompt": "a"}\n{"prompt": "\xe9"}', ["line 2: not UTF-8", "Save the file as UTF-8"]),
+        ('[\n{"prompt": "a"}]'.encode("utf-16"), ["line 1: not UTF-8", "Save the file as UTF-8"]),
+        ('\n[{"prompt": "a"}]'.encode("utf-16-be"), ["line 1: not UTF-8", "Save the file"]),
+        (b'{"prompt": "a"}\n{"prompt": "\0"}', ["line 2: not UTF-8", "(byte 28)"]),
+        (b"[1]", ["item 1 (line 1): each item must be an object", "a whole number, 1"]),
+        (b'{"prompt": "a"}\n{"prompt": NaN}', ["line 2: NaN is no number of JSON", "Write null"]),
+        (
+            b'[{"prompt": "a"},\n{"prompt": -Infinity}]',
+            ["item 2 (line 2): -Infinity is no", "null"],
+        ),
+        (b'\n{"prompt": ' + b"9" * 5000 + b"}", ["line 2: a number has 5000 digits", "Shorten"]),
+        (b'[{"prompt": -' + b"9" * 5000 + b"}]", ["item 1 (line 1): a number has 5001 digits"]),
+        (b"{}\n" * 3 + b'{"a": ' * 99999, ["line 4: lists or objects are nested too deeply"]),
+        (b"[" * 99999 + b"]" * 99999, ["item 1 (line 1)", "nested too deeply", "no more than"]),
         (b'{"fact": {}}', ["line 1", "record, not a bare fact", "read_records"]),
     ],
 )
@@ -416,7 +499,36 @@ def test_a_malformed_file_is_an_error(tmp_path: Path, content: bytes, parts: lis
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     missing = tmp_path / "none.json"
     message(FactFileError, lambda: read_facts(missing), str(missing), "no such file", "Check")
-    message(FactFileError, lambda: read_facts(tmp_path), str(tmp_path), "cannot be read")
+    message(
+        FactFileError, lambda: read_facts(tmp_path), str(tmp_path), "cannot be read", "directory"
+    )
+    message(FactFileError, lambda: read_facts(missing / "a.json"), "no such file")
+    message(FactFileError, lambda: read_facts(tmp_path / ("x" * 999)), "cannot be read", "too long")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what chmod takes away, an administrator who runs the tests has all the same
+    def read_bytes(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    path = tmp_path / "a.json"
+    message(
+        FactFileError, lambda: read_records(path), str(path), "Permission denied", "Give a file"
+    )
+
+
+@pytest.mark.parametrize("read", [read_facts, read_records])
+def test_a_path_is_written_in_many_ways(
+    read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write(tmp_path / "x.json", plain())
+    assert len(read("~/x.json")) == len(read(Path("~/x.json"))) == 1
+    for bad in (None, 5, ["x.json"], "", b"x.json", "x\0.json", "x\ud800.json"):
+        message(FactFileError, lambda bad=bad: read(bad), f"path is {bad!r}")
+    message(FactFileError, lambda: read("~nobody-of-that-name/x.json"), "write the path out")
 
 
 # --- files of records ------------------------------------------------------------------------
@@ -501,14 +613,141 @@ def test_zsre_of_knowedit(tmp_path: Path) -> None:
         Fact("Which family does {} belong to?", "Aspi", "Moth", "Ammonite"),
         ("What family are Aspi?",),
         probes={
-            "Relation_Specificity": (
+            "locality: Relation_Specificity": (
                 Probe("Aspi taxon rank", "genus"),
                 Probe("Aspi is a", "genus"),
             ),
-            "Reasoning": (Probe("Its common name?", "Owlet moth"),),
+            "portability: Reasoning": (Probe("Its common name?", "Owlet moth"),),
         },
         case_id=0,
     )
+
+
+RECENT = {
+    "subject": "Leo Arons", "prompt": "The place of death of Leo Arons is", "target_new": "Berlin",
+}  # fmt: skip
+CHECK = {"prompt": "The father of Leo Arons is", "ground_truth": [["Albert Arons", "Albert"]]}
+CHECKED = Probe("The father of Leo Arons is", "Albert Arons")
+
+
+@pytest.mark.parametrize("truth", [{}, *({"ground_truth": x} for x in (None, "", [], [[""]], " "))])
+def test_a_new_fact_of_knowedit_has_no_ground_truth(
+    tmp_path: Path, truth: dict[str, object]
+) -> None:
+    item = {**RECENT, **truth, "locality": {"Relation_Specificity": [CHECK]}}
+    (record,) = read_records(write(tmp_path / "a.json", item, lines=False))
+    fact = Fact("The place of death of {} is", "Leo Arons", "Berlin")
+    assert record == Record(fact, probes={"locality: Relation_Specificity": (CHECKED,)}, case_id=0)
+    (record,) = read_records(write(tmp_path / "b.json", {**RECENT, **truth}))
+    assert record.fact == fact
+
+
+@pytest.mark.parametrize(
+    "truth", ["Vienna", ["Vienna", "Wien"], [["Vienna"], ["Wien"]], [[["Vienna "]]]]
+)
+def test_ground_truth_is_a_text_or_lists_of_texts(tmp_path: Path, truth: object) -> None:
+    for more in ({}, {"locality": {}}, {"portability": None}):
+        item = {**RECENT, **more, "ground_truth": truth}
+        (record,) = read_records(write(tmp_path / "a.json", item))
+        assert record.fact.target_true == "Vienna"
+        path = write(tmp_path / "b.json", {**item, "target_new": "Vienna"})
+        message(FactFileError, lambda path=path: read_records(path), "Vienna", "skip_bad=True")
+    path = write(tmp_path / "c.json", {**RECENT, "ground_truth": ["a", 5]})
+    message(FactFileError, lambda: read_records(path), "an entry of field 'ground_truth'", "5")
+
+
+def test_the_same_group_under_locality_and_portability(tmp_path: Path) -> None:
+    other = {"prompt": "Is Leo Arons alive?", "ground_truth": [["no"], ["false"]]}
+    item = {**RECENT, "locality": {"Group": [CHECK]}, "portability": {"Group": [other]}}
+    (record,) = read_records(write(tmp_path / "a.json", item))
+    assert record.probes == {
+        "locality: Group": (CHECKED,),
+        "portability: Group": (Probe("Is Leo Arons alive?", "no"),),
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "probes"),
+    [
+        ({"portability": {"A": [CHECK]}}, {"portability: A": (CHECKED,)}),  # and no locality
+        ({"portability": {"A": [CHECK]}, "locality": {}}, {"portability: A": (CHECKED,)}),
+        ({"portability": {"A": [CHECK]}, "locality": None}, {"portability: A": (CHECKED,)}),
+        ({"portability": [CHECK]}, {"portability": (CHECKED,)}),
+        ({"portability": []}, {}),
+        ({"locality": {"A": None, "B": []}}, {"locality: A": (), "locality: B": ()}),
+        ({"locality": {"A": CHECK}}, {"locality: A": (CHECKED,)}),
+        (
+            {"locality": {"A": {"prompt": ["X", "Y"], "ground_truth": [["x", "z"], "y"]}}},
+            {"locality: A": (Probe("X", "x"), Probe("Y", "y"))},
+        ),
+        (
+            {"locality": [CHECK], "locality_prompt": "Z", "locality_ground_truth": "z"},
+            {"locality": (Probe("Z", "z"), CHECKED)},
+        ),
+    ],
+)
+def test_shapes_of_knowedits_checks(
+    tmp_path: Path, more: dict[str, object], probes: dict[str, tuple[Probe, ...]]
+) -> None:
+    for truth in ({}, {"ground_truth": "Vienna"}, {"ground_truth": ["Vienna"]}):
+        (record,) = read_records(write(tmp_path / "a.json", {**RECENT, **truth, **more}))
+        assert record.probes == probes
+        assert record.fact.target_true == ("Vienna" if truth else None)
+
+
+@pytest.mark.parametrize(
+    ("locality", "parts"),
+    [
+        ("x", ["field 'locality' must be an object or a list", "a string, 'x'"]),
+        ({"A": "x"}, ["in 'locality': field 'A' must be a list or an object"]),
+        ({"A": ["x"]}, ["in 'locality', 'A'[0]: each item must be an object"]),
+        ({"A": [CHECK, {**CHECK, "prompt": 5}]}, ["'A'[1]: field 'prompt' must be", "number, 5"]),
+        ({"A": [{**CHECK, "prompt": ["X", "Y"]}]}, ["'A'[0]: 2 prompts", "as many answers"]),
+    ],
+)
+def test_malformed_checks_of_knowedit(tmp_path: Path, locality: object, parts: list[str]) -> None:
+    path = write(tmp_path / "a.jsonl", {**RECENT, "locality": locality})
+    message(FactFileError, lambda: read_records(path, skip_bad=True), f"{path}, line 1", *parts)
+
+
+def test_what_is_reworded(tmp_path: Path) -> None:
+    def read(**fields: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        (record,) = read_records(write(tmp_path / "a.json", {**RECENT, **fields}))
+        return record.paraphrases, record.generation_prompts
+
+    assert read(rephrase="A") == read(rephrase=["A"]) == read(rephrase=["A", " "]) == (("A",), ())
+    assert read(rephrase="A", rephrase_prompt="B", locality={}) == (("A", "B"), ())
+    assert read(rephrase_prompt="B", portability={}) == (("B",), ())
+    assert read(rephrase_prompt="B", ground_truth=["Vienna"]) == (("B",), ())
+    # the reduced form of CounterFact, where it is mostly the opening of a free text
+    assert read(rephrase_prompt="B", ground_truth="Vienna") == ((), ("B",))
+    assert read(
+        rephrase_prompt="B", ground_truth=["Vienna"], portability={},
+        locality_prompt="C", locality_ground_truth="Vienna",
+    ) == ((), ("B",))  # fmt: skip
+
+
+def test_what_is_not_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zsre = {
+        "subject": "WEFS", "src": "When was WEFS set up?", "alt": "1997", "answers": ["1987"],
+        "pred": "1998", "cond": "...", "case_id": 8,
+    }  # fmt: skip
+    silent = [counterfact(), zsre, {**zsre, "portability": None}, RECENT]
+    records = read_records(write(tmp_path / "a.jsonl", *silent))
+    assert [record.case_id for record in records] == [0, 8, 8, None]
+    assert not caplog.records
+    unanswered = {"prompt": "Who?", "ground_truth": [[""]]}
+    item = {**RECENT, "locality": {"A": [CHECK, unanswered, {**CHECK, "source": "x"}]}}
+    read_records(
+        write(tmp_path / "b.jsonl", {**zsre, "portability": {"New Question": "?"}}, item, item)
+    )
+    (log,) = [entry.getMessage() for entry in caplog.records]
+    assert str(tmp_path / "b.jsonl") in log
+    for part in (
+        "1 x field 'portability'", "2 x check without a prompt or an answer",
+        "2 x field 'source' of a check",
+    ):  # fmt: skip
+        assert part in log
 
 
 def test_own_form_round_trip(tmp_path: Path) -> None:
@@ -532,7 +771,10 @@ def test_own_form_round_trip(tmp_path: Path) -> None:
         ({"fact": {**asdict(TOWER), "target": "x"}}, ["line 2, in 'fact': unknown field 'target'"]),
         ({"fact": "text"}, ["'fact' must be an object, got a string, 'text'"]),
         ({"fact": asdict(TOWER), "paraphrases": "x"}, ["'paraphrases' must be a list", "string"]),
-        ({"fact": asdict(TOWER), "paraphrases": ["x", 1]}, ["list of strings, item 1", "number"]),
+        (
+            {"fact": asdict(TOWER), "paraphrases": ["x", 1]},
+            ["item 1 of field 'paraphrases'", "number"],
+        ),
         (
             {"fact": asdict(TOWER), "case_id": True},
             ["'case_id' must be a whole number or a string"],
@@ -581,102 +823,11 @@ def test_unusable_records_are_skipped_only_when_asked(
     message(FactFileError, lambda: read_records(path, skip_bad=True), "no usable record", "2 x the")
 
 
-# --- by name ---------------------------------------------------------------------------------
-
-
-def test_a_limit_and_a_seed(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", *(counterfact(n) for n in range(30)))
-
-    def ids(**options: int | None) -> list[object]:
-        return [record.case_id for record in load_records(path, **options)]  # type: ignore[arg-type]
-
-    assert ids() == list(range(30))
-    assert ids(seed=0) == list(range(30))
-    assert ids(limit=4) == [0, 1, 2, 3]
-    assert ids(limit=99, seed=0) == list(range(30))
-    sample = ids(limit=10, seed=0)
-    assert len(set(sample)) == 10
-    assert sample == ids(limit=10, seed=0)
-    assert sample not in (ids(limit=10, seed=1), ids(limit=10))
-    for limit in (0, -1, True, 2.0):
-        message(FactError, lambda limit=limit: ids(limit=limit), "limit must be a whole number")
-
-
-def test_an_unknown_name(tmp_path: Path) -> None:
-    message(
-        FactFileError, lambda: load_records("CounterFacts"),
-        "'CounterFacts' is neither a data set's name nor a file", "Did you mean 'counterfact'?",
-        "'atlas'", "'zsre'",
-    )  # fmt: skip
-    message(FactFileError, lambda: load_records(tmp_path / "atlas"), "nor a file")  # a path is one
-
-
-def test_atlas(monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [Record(TOWER, case_id=n) for n in range(9)]
-    stub = types.ModuleType("unified_edit.atlas.records")
-    stub.atlas_records = lambda: records  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "unified_edit.atlas", types.ModuleType("unified_edit.atlas"))
-    monkeypatch.setitem(sys.modules, "unified_edit.atlas.records", stub)
-    loaded = load_records("atlas", limit=5, seed=0)
-    assert len(loaded) == 5
-    assert all(record in records for record in loaded)
-    assert load_records("atlas") == records
-
-
-def test_counterfact_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load_dataset(name: str) -> dict[str, list[dict[str, object]]]:
-        asked.append(name)
-        return {"train": [counterfact(2), counterfact(0)], "test": [counterfact(1)]}
-
-    stub = types.ModuleType("datasets")
-    stub.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", stub)
-    assert [record.case_id for record in load_records("counterfact")] == [0, 1, 2]
-    assert asked == ["azhx/counterfact"]
-
-    def offline(name: str) -> None:
-        raise ConnectionError("no route to the Hub.")
-
-    stub.load_dataset = offline  # type: ignore[attr-defined]
-    message(
-        FactFileError, lambda: load_records("counterfact"),
-        "azhx/counterfact", "ConnectionError, no route to the Hub. Check the network",
-        "counterfact.json", "path",
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    message(
-        FactFileError, lambda: load_records("counterfact"),
-        "datasets, which is not installed", "unified_edit[hub]", "counterfact.json",
-    )  # fmt: skip
-
-
-def test_zsre_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", KNOWEDIT, lines=False)
-    stub = types.ModuleType("huggingface_hub")
-
-    def download(repo: str, name: str, *, repo_type: str) -> str:
-        assert (repo, repo_type) == ("zjunlp/KnowEdit", "dataset")
-        if not path.exists():
-            raise OSError("offline")
-        return str(path)
-
-    stub.hf_hub_download = download  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
-    assert load_records("zsre")[0].fact.subject == "Aspi"
-    path.unlink()
-    message(
-        FactFileError, lambda: load_records("zsre"),
-        "zjunlp/KnowEdit", "OSError, offline", "zsre_mend_eval.json", "path",
-    )  # fmt: skip
-
-
 # --- real files ------------------------------------------------------------------------------
 
 
 def test_the_real_counterfact_file() -> None:
-    records = load_records(data_file("counterfact/counterfact_250_full.json"))
+    records = read_records(data_file("counterfact/counterfact_250_full.json"))
     assert len(records) == 250
     assert {
         (len(r.paraphrases), len(r.neighbours), len(r.generation_prompts)) for r in records
@@ -693,7 +844,7 @@ def test_the_real_counterfact_file() -> None:
 
 def test_the_real_reduced_file() -> None:
     path = data_file("counterfact/counterfact_10000_reduced.json")
-    records = load_records(path)
+    records = read_records(path)
     assert len(records) == 10000
     assert all(r.paraphrases == () and not r.probes for r in records)
     assert all(len(r.generation_prompts) == len(r.neighbours) == 1 for r in records)
@@ -702,13 +853,12 @@ def test_the_real_reduced_file() -> None:
     )
     raw = json.loads(path.read_text("utf-8"))
     assert [r.fact.text for r in records] == [item["prompt"] for item in raw]
-    sample = load_records(path, limit=100, seed=0)
-    assert len({r.case_id for r in sample}) == 100
+    assert len({r.case_id for r in records}) == 10000
 
 
 def test_the_two_real_forms_of_counterfact_agree() -> None:
-    full = {r.case_id: r for r in load_records(data_file("counterfact/counterfact_250_full.json"))}
-    reduced = load_records(data_file("counterfact/counterfact_10000_reduced.json"))
+    full = {r.case_id: r for r in read_records(data_file("counterfact/counterfact_250_full.json"))}
+    reduced = read_records(data_file("counterfact/counterfact_10000_reduced.json"))
     shared = [r for r in reduced if r.case_id in full]
     assert len(shared) > 50
     for record in shared:
@@ -718,8 +868,8 @@ def test_the_two_real_forms_of_counterfact_agree() -> None:
 
 def test_the_real_zsre_file(caplog: pytest.LogCaptureFixture) -> None:
     path = data_file("zsre/zsre_mend_1000.json")
-    message(FactFileError, lambda: load_records(path), "record 88", "skip_bad=True")
-    records = load_records(path, skip_bad=True)
+    message(FactFileError, lambda: read_records(path), "record 88", "skip_bad=True")
+    records = read_records(path, skip_bad=True)
     # counted in the file: 17 targets equal the first answer, 4 another one, 2 are empty
     assert len(records) == 1000 - 17 - 4 - 2
     assert "skipped 23 of 1000" in caplog.text

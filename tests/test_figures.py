@@ -17,9 +17,16 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from unified_edit.errors import FactError, UnifiedEditError
-from unified_edit.facts import Fact
-from unified_edit.figures import effect_maps, loss_curves, probability_bars, score_bars, style
-from unified_edit.report import Report, Score
+from unified_edit.facts.facts import Fact
+from unified_edit.measuring.figures import (
+    effect_maps,
+    loss_curves,
+    probability_bars,
+    score_bars,
+    style,
+)
+from unified_edit.measuring.report import Report
+from unified_edit.measuring.scores import Score
 
 COMPARED = pd.DataFrame(
     {

@@ -552,7 +552,7 @@ def test_import_leaves_out_what_it_does_not_need(tmp_path: Path) -> None:
     script = (
         "import sys, unified_edit\n"
         "unneeded = {'matplotlib', 'seaborn', 'pandas', 'peft', 'datasets'}\n"
-        "print(*(unneeded | {'unified_edit.exercises'}) & sys.modules.keys())"
+        "print(*(unneeded | {'unified_edit.teaching.exercises'}) & sys.modules.keys())"
     )
     command = [sys.executable, "-c", script]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

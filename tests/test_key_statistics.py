@@ -7,9 +7,9 @@ import reference
 import torch
 
 import unified_edit as ue
-from unified_edit import key_statistics
 from unified_edit.errors import StatisticsError
-from unified_edit.ledger import ledger_of
+from unified_edit.model.ledger import ledger_of
+from unified_edit.statistics import key_statistics
 
 TOLERANCE = 1e-5  # keys and their products are float32; sums are float64
 

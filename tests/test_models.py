@@ -9,12 +9,13 @@ from peft import PeftModel
 from transformers.pytorch_utils import Conv1D
 
 import unified_edit as ue
-from unified_edit.activations import left_padded, read_last_token
-from unified_edit.editor import optimise_values
+from unified_edit.editing.editor import optimise_values
+from unified_edit.editing.keys import compute_keys
 from unified_edit.errors import ModelError
-from unified_edit.keys import compute_keys
-from unified_edit.ledger import ledger_of
-from unified_edit.models import anatomy
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.batching import left_padded
+from unified_edit.model.hooks import read_last_token
+from unified_edit.model.ledger import ledger_of
 
 FACTS = [
     ue.Fact("The {} is in the city of", "old tower", "Rome", "Paris"),

@@ -14,7 +14,7 @@ import torch
 from checkout import ROOT, load
 
 import unified_edit as ue
-from unified_edit.tracing import PLACES, Trace, TracedFact
+from unified_edit.measuring.tracing import PLACES, Trace, TracedFact
 
 overlap = load(ROOT / "benchmarks" / "name_overlap.py")
 DATA = ROOT / "book" / "data" / "name_overlap.json"

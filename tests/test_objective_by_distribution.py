@@ -10,7 +10,7 @@ import pytest
 from checkout import ROOT, load
 
 import unified_edit as ue
-from unified_edit.questions import Sheet
+from unified_edit.measuring.questions import Sheet
 
 script = load(ROOT / "benchmarks" / "objective_by_distribution.py")
 PATH = "book/data/objective_by_distribution.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unified_edit.progress import VARIABLE, progress
+from unified_edit.model.progress import VARIABLE, progress
 
 
 def test_silent_when_told(monkeypatch, capsys):

@@ -14,7 +14,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unified_edit as ue
-from unified_edit.models import anatomy
+from unified_edit.model.anatomy import anatomy
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gpt2-tokenizer" / "tokenizer.json"
 pytestmark = pytest.mark.skipif(

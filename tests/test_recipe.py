@@ -15,10 +15,10 @@ import torch
 from recipe import FACTS, contexts, relative
 
 import unified_edit as ue
-from unified_edit.editor import optimise_values
-from unified_edit.keys import compute_keys
-from unified_edit.ledger import ledger_of
-from unified_edit.models import anatomy
+from unified_edit.editing.editor import optimise_values
+from unified_edit.editing.keys import compute_keys
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.ledger import ledger_of
 
 
 @pytest.mark.parametrize("method", [ue.ROME, ue.EMMET], ids=lambda m: m.name)

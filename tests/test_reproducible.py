@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unified_edit.errors import ObjectiveError
-from unified_edit.reproducible import matmul
+from unified_edit.objective.exact_product import matmul
 
 examples = settings(
     deadline=None,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from unified_edit.errors import UnifiedEditError
-from unified_edit.sliders import Slider, slider
+from unified_edit.teaching.sliders import Slider, slider
 
 
 @pytest.fixture(autouse=True)

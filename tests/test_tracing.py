@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import unified_edit as ue
-from unified_edit import traced_runs
 from unified_edit.errors import FactError, MethodError, ModelError, TokenizationError
-from unified_edit.traced_runs import KINDS
-from unified_edit.tracing import PLACES, Trace, TracedFact, locate, subject_sigma
+from unified_edit.measuring import traced_runs
+from unified_edit.measuring.traced_runs import KINDS
+from unified_edit.measuring.tracing import PLACES, Trace, TracedFact, locate, subject_sigma
 
 TOWER = ue.Fact("The {} is in the city of", "old tower", "Oslo", "Rome")
 #: The object is not a word of the tokenizer's training text: several tokens.

@@ -10,9 +10,9 @@ import reference
 from recipe import FACTS, contexts, relative
 
 import unified_edit as ue
-from unified_edit.editor import optimise_values
-from unified_edit.ledger import ledger_of
-from unified_edit.models import anatomy
+from unified_edit.editing.editor import optimise_values
+from unified_edit.model.anatomy import anatomy
+from unified_edit.model.ledger import ledger_of
 
 
 # ROME's facts need all steps at its own limit; at this one they stop at different steps

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import unified_edit as ue
-from unified_edit import values_cache
+from unified_edit.editing import values_cache
+from unified_edit.editing.values_cache import FORMAT, values_for
 from unified_edit.errors import FactError
-from unified_edit.files import read_safetensors, write_safetensors
-from unified_edit.values_cache import FORMAT, values_for
+from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 
 METHOD = ue.EMMET.replace(steps=3, contexts=ue.Contexts(starts=("The",), lengths=(3,)))
 FACTS = (
@@ -148,7 +148,7 @@ def test_a_file_is_written_whole_or_not_at_all(atlas, cache, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("unified_edit.files.save_file", fail)
+        patch.setattr("unified_edit.model.tensor_files.save_file", fail)
         with pytest.raises(OSError, match="full"):
             values_for(*atlas, FACTS, METHOD)
     assert [path for path in cache.rglob("*") if path.is_file()] == []

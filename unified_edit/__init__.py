@@ -5,28 +5,67 @@
 >>> fact = ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome")  # doctest: +SKIP
 >>> edit = ue.edit(model, tokenizer, [fact], method=ue.EMMET)              # doctest: +SKIP
 >>> edit.undo()                                                            # doctest: +SKIP
+
+Nothing is imported before it is asked for: `import unified_edit` costs milliseconds, and what one
+does not use (figures, exercises) costs nothing at all.
 """
 
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from unified_edit import errors, figures, objective
-from unified_edit.editor import Editor, edit, optimise_values
-from unified_edit.edits import Edit
-from unified_edit.errors import UnifiedEditError
-from unified_edit.evaluation import ask, compare, evaluate, evaluate_edits
-from unified_edit.facts import Fact, Probe, Record
-from unified_edit.key_statistics import KeyStatistics
-from unified_edit.methods import EMMET, EMMET_RELEASED, MEMIT, METHODS, ROME, Contexts, Method
-from unified_edit.models import load_model
-from unified_edit.readers import load_records, read_facts, read_records
-from unified_edit.tracing import locate
-
 if TYPE_CHECKING:
-    from unified_edit import exercises
+    from unified_edit import errors, objective
+    from unified_edit.editing import (
+        EMMET,
+        EMMET_RELEASED,
+        MEMIT,
+        METHODS,
+        ROME,
+        Contexts,
+        Edit,
+        Editor,
+        Method,
+        edit,
+        load_model,
+        optimise_values,
+    )
+    from unified_edit.errors import UnifiedEditError
+    from unified_edit.facts import Fact, Probe, Record, read_facts, read_records
+    from unified_edit.measuring import (
+        ask,
+        compare,
+        evaluate,
+        evaluate_edits,
+        figures,
+        load_records,
+        locate,
+    )
+    from unified_edit.statistics import KeyStatistics
+    from unified_edit.teaching import exercises, sliders
 
 __version__ = version("unified_edit")
+
+#: Floor of the house -> the public names that come from it.
+_FLOORS = {
+    "editing": (
+        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor Method edit load_model "
+        "optimise_values"
+    ),
+    "errors": "UnifiedEditError",
+    "facts": "Fact Probe Record read_facts read_records",
+    "measuring": "ask compare evaluate evaluate_edits load_records locate",
+    "statistics": "KeyStatistics",
+}
+_FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}
+#: Public module -> its place in the house.
+_MODULES = {
+    "errors": "errors",
+    "exercises": "teaching.exercises",
+    "figures": "measuring.figures",
+    "objective": "objective",
+    "sliders": "teaching.sliders",
+}
 
 __all__ = [
     "EMMET",
@@ -58,11 +97,21 @@ __all__ = [
     "optimise_values",
     "read_facts",
     "read_records",
+    "sliders",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is seldom needed when it is first asked for."""
-    if name == "exercises":
-        return import_module("unified_edit.exercises")
-    raise AttributeError(f"module 'unified_edit' has no attribute {name!r}")
+    """Import what a public name stands for when it is first asked for."""
+    if name in _MODULES:
+        value = import_module(f"unified_edit.{_MODULES[name]}")
+    elif name in _FLOOR_OF:
+        value = getattr(import_module(f"unified_edit.{_FLOOR_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'unified_edit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

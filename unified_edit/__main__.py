@@ -2,7 +2,7 @@
 
 import sys
 
-from unified_edit.cli import main
+from unified_edit.command_line.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,6 +43,17 @@ class NotPositiveDefiniteError(ObjectiveError):
     """C0 has no Cholesky factor: too few tokens, or a direction that never occurred."""
 
 
+class NullSpaceError(NotPositiveDefiniteError):
+    """Keys have entries in coordinates in which no preserved key has one.
+
+    `facts` are the columns of those keys.
+    """
+
+    def __init__(self, message: str, facts: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
 class MethodError(UnifiedEditError, ValueError):
     """A method lacks a setting for this model, or a setting is out of range."""
 
@@ -69,3 +80,17 @@ class EditError(UnifiedEditError, RuntimeError):
 
 class EditFileError(EditError, ValueError):
     """An edit file is corrupt, truncated, not one of ours, or made for another model."""
+
+
+def quote(text: str, width: int = 80) -> str:
+    """`text` in quotes, shortened to about `width` characters, for messages."""
+    return repr(text if len(text) <= width else text[: width - 3] + "...")
+
+
+def brief(value: object, width: int = 40) -> str:
+    """The first `width` characters or so of `repr(value)`, for messages."""
+    try:
+        text = repr(value)
+    except Exception:  # too many digits, too deep, or a class whose repr fails
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,1 +1,6 @@
-"""The embedded model: weights, tokenizer, facts, and the scripts that built it."""
+"""The embedded model: its weights and tokenizer, the facts it knows, and records to test edits."""
+
+from importlib.resources import files
+
+#: Weights and tokenizer, as `transformers` reads them.
+FOLDER = files("unified_edit.atlas").joinpath("model")

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from unified_edit.atlas.corpus import filler
 from unified_edit.atlas.knowledge import Knowledge, Triple, fill, load_knowledge
-from unified_edit.facts import Fact, Probe, Record
+from unified_edit.facts.facts import Fact, Probe, Record
 
 #: Relations in which an object belongs to one subject.
 ONE_TO_ONE = frozenset({"countries.capital"})

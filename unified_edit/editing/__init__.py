@@ -1,0 +1,63 @@
+"""Editing: methods, keys, values, and what is written into a model with them."""
+
+from unified_edit.editing.choices import Choice
+from unified_edit.editing.editor import Editor, edit, optimise_values
+from unified_edit.editing.edits import Edit
+from unified_edit.editing.keys import (
+    KEY_MEANS,
+    SITES,
+    compute_keys,
+    context_weights,
+    read_values,
+)
+from unified_edit.editing.methods import (
+    EMMET,
+    EMMET_RELEASED,
+    MEMIT,
+    METHODS,
+    PRESERVATIONS,
+    ROME,
+    Method,
+)
+from unified_edit.editing.opening import load_model
+from unified_edit.editing.plans import Plan
+from unified_edit.editing.prefixes import Contexts, sample_prefixes
+from unified_edit.editing.provenance import Outcome, Provenance, Touched
+from unified_edit.editing.settings import DEFAULTS, SETTINGS
+from unified_edit.editing.spreading import SPREADS, shares
+from unified_edit.editing.values import Values, compute_values
+from unified_edit.editing.values_cache import values_for
+
+__all__ = [
+    "DEFAULTS",
+    "EMMET",
+    "EMMET_RELEASED",
+    "KEY_MEANS",
+    "MEMIT",
+    "METHODS",
+    "PRESERVATIONS",
+    "ROME",
+    "SETTINGS",
+    "SITES",
+    "SPREADS",
+    "Choice",
+    "Contexts",
+    "Edit",
+    "Editor",
+    "Method",
+    "Outcome",
+    "Plan",
+    "Provenance",
+    "Touched",
+    "Values",
+    "compute_keys",
+    "compute_values",
+    "context_weights",
+    "edit",
+    "load_model",
+    "optimise_values",
+    "read_values",
+    "sample_prefixes",
+    "shares",
+    "values_for",
+]

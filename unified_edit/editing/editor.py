@@ -1,0 +1,306 @@
+"""The owner of an opened model: what all work on it shares, and the edits that are made with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedModel
+
+from unified_edit.arguments import whole_number
+from unified_edit.editing.edits import Edit
+from unified_edit.editing.methods import EMMET, Method
+from unified_edit.editing.plans import Plan, check_value_is_read, checked_values
+from unified_edit.editing.prefixes import Contexts, sample_prefixes
+from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched, merged
+from unified_edit.editing.values import Values, compute_values
+from unified_edit.editing.writing import Written, not_taken, outcomes_of, write
+from unified_edit.errors import MethodError, NullSpaceError, StatisticsError
+from unified_edit.facts import Fact, check_batch, check_items
+from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer
+from unified_edit.model.fingerprints import tensor_hash
+from unified_edit.model.hooks import quiet
+from unified_edit.model.ledger import Ledger, ledger_of
+from unified_edit.model.likelihoods import likelihoods
+from unified_edit.model.memory import Memory, memory_of
+from unified_edit.model.prompts import Encoder
+from unified_edit.statistics import KeyStatistics, statistics_for
+
+log = logging.getLogger(__name__)
+
+#: What C0 is shrunk by where keys of new facts reach into directions that no preserved key has.
+SHRINKAGE = 1e-3
+
+
+class Editor:
+    """An opened model: its parts, its ledger, and what was made from it and is kept in memory.
+
+    All editors of one model share these; `unified_edit.edit` is ``Editor(model, tokenizer).edit``.
+    The model is referred to weakly: keep it as long as you want to edit it.
+
+    >>> editor = Editor(model, tokenizer, method=ue.EMMET)      # doctest: +SKIP
+    >>> editor.edit([fact]); editor.active; editor.reset()      # doctest: +SKIP
+
+    method, statistics, seed: used where `edit` is given none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        method: Method = EMMET,
+        statistics: KeyStatistics | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.ledger: Ledger = ledger_of(model)
+        self.memory: Memory = memory_of(model)
+        self.tokenizer, self.method, self.seed = tokenizer, method, seed
+        self.statistics = statistics
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; EditError if nobody has kept it."""
+        return self.ledger.model
+
+    @property
+    def parts(self) -> Anatomy:
+        """Its parts; ModelError if it cannot be edited any more."""
+        return self.ledger.parts
+
+    @property
+    def active(self) -> tuple[Edit, ...]:
+        """The edits in force, in the order in which they were applied."""
+        return tuple(entry for entry in self.ledger.active if isinstance(entry, Edit))
+
+    def reset(self) -> None:
+        """Take out all edits: the model is its base again, bit for bit."""
+        self.ledger.activate(())
+
+    def prefixes(self, contexts: Contexts, seed: int | None = None) -> tuple[str, ...]:
+        """The bare prompt's empty prefix and those of `contexts`, sampled from the base model.
+
+        Sampled once for the base's weights, the tokenizer, `contexts` and `seed`, then kept.
+        """
+        number = whole_number(
+            self.seed if seed is None else seed, "seed", MethodError, least=-(2**63), below=2**63
+        )
+        encoder = Encoder(self.tokenizer, self.parts)
+        key = ("prefixes", self.ledger.fingerprint(), encoder.signature, contexts, number)
+        found: tuple[str, ...] | None = self.memory.get(key)
+        if found is None:
+            with quiet(self.model), self.ledger.base_state():
+                found = sample_prefixes(self.model, encoder, contexts, number)
+            self.memory.put(key, found, sum(map(len, found)))
+        return found
+
+    def plan(
+        self,
+        facts: Iterable[Fact] | Fact,
+        method: Method | None = None,
+        *,
+        seed: int | None = None,
+        batch: bool = True,
+    ) -> Plan:
+        """Check everything that can be checked before any work is done, and tokenise the facts.
+
+        batch: whether the facts are written together. Raises what `edit` raises.
+        """
+        items = check_batch(facts) if batch else check_items(facts)
+        method = self.method if method is None else method
+        if not isinstance(method, Method):
+            raise MethodError(
+                f"method is a {type(method).__name__}; give a Method such as unified_edit.EMMET"
+            )
+        parts = self.parts
+        resolved = method.resolve(parts)
+        assert resolved.layers is not None
+        self.ledger.verify()
+        state = self.ledger.state()  # looks for NaN too, where the weights are new
+        check_value_is_read(parts, items, resolved)
+        encoder = Encoder(self.tokenizer, parts)
+        rows = encoder.fact_rows(items, self.prefixes(resolved.contexts, seed))
+        weights = tuple(parts.weight(layer) for layer in resolved.layers)
+        return Plan(resolved, rows, weights, state)
+
+    def edit(
+        self,
+        facts: Iterable[Fact] | Fact,
+        method: Method | None = None,
+        *,
+        statistics: KeyStatistics | None = None,
+        values: Values | None = None,
+        seed: int | None = None,
+        apply: bool = True,
+    ) -> Edit:
+        """`unified_edit.edit` on this model."""
+        with quiet(self.model):
+            plan = self.plan(facts, method, seed=seed)
+            parts, sequential = self.parts, plan.method.sequential and len(plan.facts) > 1
+            if values is not None:
+                if sequential:
+                    raise MethodError(
+                        f"{plan.method.name} writes facts one after another, each on the model "
+                        "edited so far, so values cannot be given for several; leave values out"
+                    )
+                values = checked_values(values, plan)
+            statistics = self.statistics if statistics is None else statistics
+            if statistics is not None:
+                self._check_statistics(statistics, plan.weights)
+            for weight in plan.weights:
+                self.ledger.probe(weight, plan.method.site(parts, weight.layer))
+            if statistics is None:  # last, because it may take hours
+                statistics = statistics_for(self.model, self.tokenizer, plan.layers)
+                self._check_statistics(statistics, plan.weights)
+            before = likelihoods(parts, plan.rows.bare)
+            plans = [plan.of(i) for i in range(len(plan.facts))] if sequential else [plan]
+            try:
+                made = write(parts, self.ledger, plans, statistics, values)
+            except NullSpaceError as problem:
+                if statistics.source.shrinkage:
+                    raise
+                statistics = self._shrunk(statistics)
+                made = write(parts, self.ledger, plans, statistics, values)
+                made.warnings.insert(0, f"{problem}. C0 was shrunk by {SHRINKAGE:g} for this edit")
+            outcomes = outcomes_of(plan, made, before)
+            edit = self._finish(plan, made, outcomes, statistics, seed)
+            if apply:
+                edit.apply()
+            return edit
+
+    def optimise_values(
+        self,
+        facts: Iterable[Fact] | Fact,
+        method: Method | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Values:
+        """`unified_edit.optimise_values` on this model."""
+        with quiet(self.model):
+            plan = self.plan(facts, method, seed=seed, batch=False)
+            return compute_values(self.parts, plan.rows, plan.method, plan.conditions)
+
+    def _check_statistics(self, statistics: KeyStatistics, weights: Sequence[NamedWeight]) -> None:
+        """Raise StatisticsError unless the statistics are this model's and hold all its layers."""
+        if not isinstance(statistics, KeyStatistics):
+            raise StatisticsError(
+                f"statistics is a {type(statistics).__name__}; give a KeyStatistics, from "
+                "KeyStatistics.collect or KeyStatistics.load, or nothing"
+            )
+        statistics.check_model(self.ledger.fingerprint(), self.parts.name)
+        for weight in weights:
+            dim = statistics.metric(weight.layer).dim
+            if dim != weight.d_in:
+                raise StatisticsError(
+                    f"C0 of layer {weight.layer} has {dim} rows, but the model's "
+                    f"keys have {weight.d_in} entries; collect the statistics again"
+                )
+
+    def _shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
+        """The statistics with C0 made invertible everywhere; kept, as it costs a factor."""
+        key = ("shrunk", statistics.source, statistics.layers, SHRINKAGE)
+        found: KeyStatistics | None = self.memory.get(key)
+        if found is None:
+            found = statistics.shrunk(SHRINKAGE).factored()
+            self.memory.put(key, found, found.nbytes)
+        return found
+
+    def _finish(
+        self,
+        plan: Plan,
+        made: Written,
+        outcomes: tuple[Outcome, ...],
+        statistics: KeyStatistics,
+        seed: int | None,
+    ) -> Edit:
+        """The edit with its record."""
+        updates = {name: merged(each) for name, each in made.updates.items()}
+        alone = Alone("alone", updates)
+        ledger, config = self.ledger, self.model.config
+        weights = {
+            weight.name: Touched(
+                weight.layer,
+                tensor_hash(ledger.base_weight(weight)),
+                tensor_hash(ledger.with_edits(weight, [alone])),
+            )
+            for weight in plan.weights
+        }
+        warnings = made.warnings + not_taken(plan.facts, outcomes)
+        for warning in warnings:
+            log.warning("%s", warning)
+        return Edit(
+            facts=plan.facts,
+            method=plan.method,
+            updates=updates,
+            keys={name: torch.cat(each, dim=1) for name, each in made.keys.items()},
+            outcomes=outcomes,
+            provenance=Provenance(
+                fingerprint=ledger.fingerprint(),
+                state=plan.state,
+                model=self.parts.name,
+                revision=getattr(config, "_commit_hash", None),
+                library=version("unified_edit"),
+                seed=int(self.seed if seed is None else seed),
+                prefixes=plan.rows.prefixes,
+                weights=weights,
+                statistics=asdict(statistics.source),
+            ),
+            warnings=tuple(warnings),
+        ).bound_to(self.model)
+
+
+def edit(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    facts: Iterable[Fact] | Fact,
+    method: Method = EMMET,
+    *,
+    statistics: KeyStatistics | None = None,
+    values: Values | None = None,
+    seed: int = 0,
+    apply: bool = True,
+) -> Edit:
+    """Write facts into the model; return the `Edit`, which can be undone, saved and exported.
+
+    model, tokenizer: from `load_model`, or any causal language model of a known family with its
+        fast tokenizer. Edits already active stay: the new one is computed on the model as it is.
+    facts: at least one; identical ones are merged.
+    method: ROME, EMMET, MEMIT, or one of your own (`Method`).
+    statistics: C0 of the method's layers; without it they are looked up in the cache, or
+        collected from the model's default corpus and kept. Where the keys of the facts reach into
+        directions that no preserved key has, C0 is shrunk, and the edit says so.
+    values: targets from `optimise_values` for the same method, seed and state of the model;
+        optimised here if not given.
+    seed: of the sampled prefixes.
+    apply: with False the model stays as it was; look at the edit, then ``edit.apply()``.
+
+    Facts whose target is not the likeliest continuation of their prompt afterwards are counted in
+    a warning; `Edit.table` shows the probability of each before and after.
+
+    Raises FactError (ContradictionError, SharedSubjectError, TokenizationError) for facts that
+    cannot be edited together, MethodError, ModelError, StatisticsError, InfeasibleError, EditError
+    for what their names say. On any failure every weight, flag and hook is as it was.
+    """
+    return Editor(model, tokenizer, seed=seed).edit(
+        facts, method, statistics=statistics, values=values, apply=apply
+    )
+
+
+def optimise_values(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    facts: Iterable[Fact] | Fact,
+    method: Method = EMMET,
+    *,
+    seed: int = 0,
+) -> Values:
+    """The values v* of facts on the model as it is: the slow part of `edit`, to be reused.
+
+    Values do not depend on the other facts of a batch, so those of many facts can be optimised
+    once and then edited singly, in batches, or by other methods with the same site, layer and
+    contexts. Raises what `edit` raises.
+    """
+    return Editor(model, tokenizer, seed=seed).optimise_values(facts, method)

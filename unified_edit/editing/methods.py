@@ -1,0 +1,223 @@
+"""A method is data: what differs between ROME, EMMET and MEMIT, and nothing else.
+
+All methods run through the same code. Fields left None are filled by `Method.resolve` from the
+published settings of its `preset`. The resolved method is stored in every edit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from unified_edit.arguments import is_flag, real_number, whole_number
+from unified_edit.editing.choices import Choice, chosen, remembered
+from unified_edit.editing.keys import KEY_MEANS, SITES
+from unified_edit.editing.prefixes import Contexts
+from unified_edit.editing.settings import DEFAULTS, SETTINGS
+from unified_edit.editing.spreading import SPREADS
+from unified_edit.errors import MethodError, brief
+from unified_edit.model.anatomy import Anatomy, anatomy
+
+#: The metric of a weight, from the statistics of the model's keys: what it costs to change what
+#: preserved keys give. "C0" is their second moment.
+PRESERVATIONS = {
+    "C0": Choice("C0", lambda statistics, weight: statistics.metric(weight.layer)),
+}
+
+#: Field of a method -> the choices that have a name there.
+CHOICES: Mapping[str, Mapping[str, Choice]] = {
+    "distribution": SPREADS,
+    "site": SITES,
+    "key_mean": KEY_MEANS,
+    "preservation": PRESERVATIONS,
+}
+
+#: Bounds of the fields that are numbers; None is left to `Method.resolve`.
+_WHOLE = {"steps": 1, "ridge_from": 1}
+_REAL: dict[str, dict[str, float]] = {
+    "ridge": {"least": 0},
+    "weight_decay": {"least": 0},
+    "kl_weight": {"least": 0},
+    "clamp": {"above": 0},
+    "learning_rate": {"above": 0},
+    "stop_loss": {},
+}
+
+#: One prefix of ten tokens behind each of five words (released code of MEMIT and EMMET).
+MEMIT_CONTEXTS = Contexts()
+#: ROME samples ten prefixes of five tokens and ten of ten (kmeng01/rome, hparams/ROME).
+ROME_CONTEXTS = Contexts(starts=("",), lengths=(5, 10), per_start=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One locate-and-edit method on one model. None: filled by `resolve`.
+
+    name: what it is called in tables.
+    preset: whose published settings `resolve` looks up; None: nobody's.
+    layers: blocks whose down-projection is edited, ascending; values are set at the last.
+    ridge: lam of the least-squares form, relative to the *mean* C0; 0 is the equality form.
+    ridge_from: the ridge is used for batches of at least this many facts, equality below.
+    distribution: how the residual is spread over layers: "memit", "pmet", "full", or a function of
+        the number of layers left.
+    preservation: what an update costs: "C0", or a function (statistics, weight) -> metric.
+    sequential: write facts one after another instead of together.
+    site: where the value is set: the output of the "block" or of its "mlp", or a function
+        (anatomy, layer) -> module.
+    key_mean: "typed" is half the bare prompt and half the mean of the prefixed ones, "plain"
+        the mean over all contexts; or a function of their number that gives their weights.
+    contexts: which prefixes are sampled, or given.
+    steps: losses computed at most; there is one update fewer.
+    learning_rate: of Adam.
+    kl_weight: weight of KL(current || initial) at the subject of "{subject} is a".
+    weight_decay: weight of norm(delta) / norm(target_init)^2.
+    clamp: norm(delta) is kept below clamp * norm(target_init).
+    stop_loss: a fact is finished once its total loss is below this.
+    infeasible: "raise", or "least_violation" for the limit lam -> 0 where the equality has no
+        solution.
+
+    Functions are kept as `Choice`, so that an edit can say by name what it was made with.
+    """
+
+    name: str
+    preset: str | None = None
+    layers: tuple[int, ...] | None = None
+    ridge: float | None = 0.0
+    ridge_from: int = 1
+    distribution: Choice = SPREADS["memit"]
+    preservation: Choice = PRESERVATIONS["C0"]
+    sequential: bool = False
+    site: Choice = SITES["block"]
+    key_mean: Choice = KEY_MEANS["typed"]
+    contexts: Contexts = MEMIT_CONTEXTS
+    steps: int | None = None
+    learning_rate: float = 0.5
+    kl_weight: float = 0.0625
+    weight_decay: float | None = None
+    clamp: float | None = None
+    stop_loss: float | None = None
+    infeasible: str = "raise"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise MethodError(f"a method's name is {brief(self.name)}; give a text")
+        made: dict[str, Any] = {}
+        if self.layers is not None:
+            made["layers"] = _layers(self.name, self.layers)
+        for field, least in _WHOLE.items():
+            if (value := getattr(self, field)) is not None or field == "ridge_from":
+                made[field] = whole_number(value, f"{self.name}: {field}", MethodError, least=least)
+        for field, bound in _REAL.items():
+            value = getattr(self, field)
+            if value is not None or field in ("kl_weight", "learning_rate"):
+                made[field] = real_number(value, f"{self.name}: {field}", MethodError, **bound)
+        for field, known in CHOICES.items():
+            made[field] = chosen(getattr(self, field), known, f"{self.name}: {field}")
+        if not isinstance(self.contexts, Contexts):
+            raise MethodError(
+                f"{self.name}: contexts is {brief(self.contexts)}; give a Contexts(starts, lengths)"
+            )
+        if self.infeasible not in ("raise", "least_violation"):
+            raise MethodError(
+                f"{self.name}: infeasible is {brief(self.infeasible)}; choose one of "
+                "('raise', 'least_violation')"
+            )
+        if not is_flag(self.sequential):
+            raise MethodError(
+                f"{self.name}: sequential is {brief(self.sequential)}; it must be True or False"
+            )
+        made["sequential"] = bool(self.sequential)
+        for field, value in made.items():
+            object.__setattr__(self, field, value)
+
+    def replace(self, **changes: Any) -> Method:
+        """The same method with some fields changed: ``ue.EMMET.replace(layers=(3,))``."""
+        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            raise MethodError(f"{self.name} has no field {unknown[0]!r}; see unified_edit.Method")
+        return dataclasses.replace(self, **changes)
+
+    def ridge_for(self, facts: int) -> float:
+        """lam for a batch of so many facts; 0 means the equality form."""
+        assert self.ridge is not None, "resolve the method first"
+        return self.ridge if facts >= self.ridge_from else 0.0
+
+    def resolve(self, model: PreTrainedModel | Anatomy) -> Method:
+        """The method with every field filled in for `model`.
+
+        Raises MethodError if there are no published settings of its preset for the model and a
+        field without a default (at least `layers`) is missing, ModelError if the layers do not fit
+        the model.
+        """
+        parts = model if isinstance(model, Anatomy) else anatomy(model)
+        kind, width = parts.model.config.model_type, parts.embeddings.shape[1]
+        published = SETTINGS.get((kind, parts.n_layers, width), {})
+        known = {**DEFAULTS, **published.get(self.preset or "", {})}
+        missing = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name != "preset" and getattr(self, field.name) is None
+        ]
+        unknown = [field for field in missing if field not in known]
+        if unknown:
+            raise MethodError(
+                f"{self.name} has no published setting of {', '.join(unknown)} for a "
+                f"{kind} with {parts.n_layers} layers of width {width}; give "
+                f"it: method.replace({unknown[0]}=...), for example layers=(n,) with n from "
+                "causal tracing (unified_edit.locate)"
+            )
+        resolved = self.replace(**{field: known[field] for field in missing})
+        assert resolved.layers is not None
+        parts.check_layers(resolved.layers)
+        return resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able dictionary; choices are their names."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["contexts"] = dataclasses.asdict(self.contexts)
+        return {k: v.name if isinstance(v, Choice) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Method:
+        """Inverse of `to_dict`, but for functions of the user's own, which must be given again."""
+        values = {**values, "contexts": Contexts(**values["contexts"])}
+        for field, known in CHOICES.items():
+            values[field] = remembered(values[field], known, field)
+        return cls(**values)
+
+
+def _layers(name: str, given: object) -> tuple[int, ...]:
+    """Layers as a tuple of ints; a single one may be given alone."""
+    several = isinstance(given, (tuple, list, range)) or getattr(given, "ndim", 0) > 0
+    each = tuple(given) if several else (given,)  # type: ignore[call-overload]
+    advice = "Layers are a number or a list of numbers"
+    return tuple(
+        whole_number(layer, f"{name}: a layer", MethodError, advice=advice) for layer in each
+    )
+
+
+#: ROME (arXiv 2202.05262) with one key throughout, as r-ROME (arXiv 2403.07175) asks for: equality
+#: for one fact; several are written one after another. The residual is delta, what was optimised in
+#: every context; r-ROME's is v_bare + delta - mean of W k, so that W' k* is v* to the letter.
+ROME = Method(
+    name="ROME",
+    preset="ROME",
+    sequential=True,
+    site=SITES["mlp"],
+    key_mean=KEY_MEANS["plain"],
+    contexts=ROME_CONTEXTS,
+)
+#: EMMET (arXiv 2403.14236): the equality for a whole batch, at one layer.
+EMMET = Method(name="EMMET", preset="EMMET")
+#: MEMIT (arXiv 2210.07229): least squares, spread over several layers.
+MEMIT = Method(name="MEMIT", preset="MEMIT", ridge=None)
+#: EMMET as its authors released it: 0.1 on the Gram matrix of w*C0 whenever E > 1, that is MEMIT
+#: with lam = 0.1 * w. It does not hold the equality.
+EMMET_RELEASED = Method(name="EMMET_RELEASED", preset="EMMET_RELEASED", ridge=None, ridge_from=2)
+
+#: By name, for the command line.
+METHODS = {method.name: method for method in (ROME, EMMET, MEMIT, EMMET_RELEASED)}

@@ -1,0 +1,142 @@
+"""Prefixes in front of a prompt, sampled from the model itself.
+
+A key or a value found behind several unrelated prefixes belongs to the subject rather than to one
+sentence (ROME, sec. 3.1; MEMIT, sec. 4.3). They are sampled once for each model, tokenizer,
+specification and seed, without any edit, and kept with the edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from unified_edit.arguments import whole_number
+from unified_edit.errors import MethodError, ModelError, TokenizationError, brief
+from unified_edit.model.hooks import PLAIN_OUTPUT, quiet
+from unified_edit.model.prompts import Encoder
+
+#: The words that MEMIT's released code begins its sampled prefixes with.
+MEMIT_STARTS = ("The", "Therefore", "Because", "I", "You")
+#: The released code samples among the five most probable tokens.
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Prefixes in front of a prompt: `per_start` samples of each length after each start.
+
+    `lengths` are numbers of tokens, the start included. An empty start stands for the token that a
+    text from nothing begins with. `prefixes`, if given, are used as they are and nothing is
+    sampled: those of a published run replay it. The bare prompt always comes first and is not
+    counted here.
+    """
+
+    starts: tuple[str, ...] = MEMIT_STARTS
+    lengths: tuple[int, ...] = (10,)
+    per_start: int = 1
+    prefixes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        starts = _texts(self.starts, "starts")
+        prefixes = self.prefixes
+        if prefixes is not None:
+            prefixes = _texts(prefixes, "prefixes")
+            wrong = next((text for text in prefixes if not text or "{}" in text), None)
+            if wrong is not None:
+                raise MethodError(
+                    f"Contexts: the prefix {wrong!r} is no text to stand before a prompt; the bare "
+                    "prompt comes first by itself, and {} is not needed: 'It is said. '"
+                )
+        given: object = self.lengths
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise MethodError(f"Contexts: lengths is {brief(given)}; it must be a list of numbers")
+        numbers = [
+            whole_number(one, name, MethodError, least=1)
+            for name, one in (
+                *(("Contexts: a length", length) for length in given),
+                ("Contexts: per_start", self.per_start),
+            )
+        ]
+        for name, value in (
+            ("starts", starts), ("lengths", tuple(numbers[:-1])), ("per_start", numbers[-1]),
+            ("prefixes", prefixes),
+        ):  # fmt: skip
+            object.__setattr__(self, name, value)
+
+    @property
+    def count(self) -> int:
+        """How many prefixes there are."""
+        if self.prefixes is not None:
+            return len(self.prefixes)
+        return len(self.starts) * len(self.lengths) * self.per_start
+
+
+def _texts(values: object, field: str) -> tuple[str, ...]:
+    several = isinstance(values, Sequence) and not isinstance(values, str)
+    if not several or not values or not all(isinstance(text, str) for text in values):
+        raise MethodError(f"Contexts: {field} is {brief(values)}; it must be a list of texts")
+    return tuple(values)
+
+
+def sample_prefixes(
+    model: PreTrainedModel, encoder: Encoder, spec: Contexts, seed: int
+) -> tuple[str, ...]:
+    """The bare prompt's empty prefix, then `spec.count` others, the sampled ones ending in ". ".
+
+    The same for the same model, tokenizer, `spec` and `seed`; torch's global random state is
+    untouched. No special token and none that was added to the vocabulary is sampled.
+
+    Raises MethodError for a prefix with more tokens than the model has positions,
+    TokenizationError if a start has no tokens that the model knows, ModelError if the model's
+    logits are not finite.
+    """
+    if spec.prefixes is not None:
+        return ("", *spec.prefixes)
+    limit = encoder.parts.positions if encoder.parts is not None else None
+    if limit is not None and max(spec.lengths) > limit:
+        raise MethodError(
+            f"a prefix of {max(spec.lengths)} tokens does not fit the model's {limit} "
+            "positions; give shorter ones: method.replace(contexts=Contexts(lengths=(...)))"
+        )
+    if "" in spec.starts and not encoder.start:
+        raise TokenizationError(
+            "prefixes without a start begin with the end-of-text token, but this tokenizer has "
+            "none; set tokenizer.eos_token, or give contexts with starts"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    prefixes = [""]
+    with quiet(model), torch.no_grad():
+        for length in spec.lengths:
+            for start in spec.starts:
+                ids = encoder.encode([start])[0].ids if start else encoder.start
+                # the tokens that every text begins with are not part of the prefix
+                wanted = length + len(encoder.before if start else encoder.start)
+                encoder.check_ids(ids)
+                rows = torch.tensor([ids] * spec.per_start, device=model.device)
+                while rows.shape[1] < wanted:
+                    rows = torch.cat([rows, _next(model, encoder, rows, generator)], dim=1)
+                texts = encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)
+                prefixes += [" ".join(text.split()) + ". " for text in texts]
+    return tuple(prefixes)
+
+
+def _next(
+    model: PreTrainedModel, encoder: Encoder, rows: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """One sampled token for each row: (rows x 1)."""
+    seen = torch.ones_like(rows)
+    output = model(rows, attention_mask=seen, use_cache=False, **PLAIN_OUTPUT)
+    logits = output.logits[:, -1].float().cpu()
+    if not torch.isfinite(logits).all():
+        raise ModelError(
+            "the model's logits are not finite: its weights are damaged or its "
+            "type overflows; load it again, or in float32 or bfloat16"
+        )
+    # a token that was added to the tokenizer alone is never sampled anyway
+    logits[:, [token for token in encoder.added if token < logits.shape[1]]] = -torch.inf
+    top, tokens = logits.topk(TOP_K)
+    choice = torch.multinomial(top.softmax(-1), 1, generator=generator)
+    return tokens.gather(1, choice).to(rows)

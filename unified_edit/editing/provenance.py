@@ -1,0 +1,152 @@
+"""What an edit records of itself, and how that is held against a model."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unified_edit.errors import EditError, EditFileError
+from unified_edit.model.anatomy import NamedWeight
+from unified_edit.model.fingerprints import tensor_hash
+from unified_edit.model.ledger import Entry, Ledger
+from unified_edit.objective import Diagnosis, Update
+
+log = logging.getLogger(__name__)
+
+#: An edit of which less than this arrives in the rounded weights is refused.
+LOST = 0.01
+
+
+@dataclass(frozen=True)
+class Touched:
+    """One weight of an edit: the layer it stands in, and what it was.
+
+    before, after: hash of the weight in the base, and with this edit alone.
+    """
+
+    layer: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an edit comes from.
+
+    fingerprint: of the base model. state: what was active when it was computed (`Ledger.state`).
+    weights: {name: `Touched`} of each weight that is edited. statistics: the `Source` of C0.
+    """
+
+    fingerprint: str
+    state: str
+    model: str
+    revision: str | None
+    library: str
+    seed: int
+    prefixes: tuple[str, ...]
+    weights: Mapping[str, Touched]
+    statistics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one fact.
+
+    losses: while its value was optimised. relative_norm: norm(delta) / norm(target_init); clamped:
+    whether it stands at the clamp. before, after: the probability of the new target after the bare
+    prompt, without and with the edit (the geometric mean over its tokens). likeliest: whether
+    greedy decoding gives the target with the edit.
+    """
+
+    losses: tuple[float, ...]
+    relative_norm: float
+    clamped: bool
+    before: float = math.nan
+    after: float = math.nan
+    likeliest: bool = False
+
+
+def check_alone(ledger: Ledger, weight: NamedWeight, edit: Entry, recorded: Provenance) -> None:
+    """Raise EditFileError unless the base weight, and the one that `edit` alone makes of it, are
+    those that were recorded.
+    """
+    base, touched = ledger.base_weight(weight), recorded.weights[weight.name]
+    if tensor_hash(base) != touched.before:
+        raise EditFileError(
+            f"the weight of layer {weight.layer} is not the one this edit was made for; load "
+            f"the unedited {recorded.model!r}"
+        )
+    shape = tuple(weight.to_stored(edit.updates[weight.name].delta).shape)
+    if shape != tuple(base.shape):
+        raise EditFileError(
+            f"Delta of layer {weight.layer} has shape {shape}, but the weight is "
+            f"{tuple(base.shape)}. Make the edit again"
+        )
+    if tensor_hash(ledger.with_edits(weight, [edit])) != touched.after:
+        raise EditFileError(
+            f"applied to layer {weight.layer}, this edit gives other weights than when it was "
+            "made: its matrices are not those that were recorded. Make the edit again"
+        )
+
+
+def check_arrived(
+    ledger: Ledger, weight: NamedWeight, edit: Entry, earlier: Sequence[Entry]
+) -> None:
+    """Raise EditError if Delta is lost when a weight is rounded to the model's type.
+
+    A Delta below half a unit in the last place of most weights changes only the smallest of
+    them. What arrives is measured along Delta itself: <W - W_before, Delta> / norm(Delta)^2.
+    """
+    now = weight.parameter.detach()
+    delta = weight.to_stored(edit.updates[weight.name].delta)
+    change = now.cpu().double() - ledger.with_edits(weight, earlier).cpu().double()
+    size = float(torch.linalg.vector_norm(delta)) ** 2
+    arrived = float(torch.einsum("ij,ij->", change, delta)) / size if size else 0.0
+    if arrived < LOST:
+        raise EditError(
+            f"the edit leaves the weights of layer {weight.layer} unchanged: Delta is lost in "
+            f"rounding to {now.dtype} ({arrived:.1%} of it arrives); load the model in "
+            "a wider type, or use a smaller ridge or a larger clamp"
+        )
+    if arrived < 0.5:
+        log.warning(
+            "only %.0f %% of Delta arrives at layer %d: the rest is lost in rounding to "
+            "%s; load the model in a wider type",
+            100 * arrived,
+            weight.layer,
+            now.dtype,
+        )
+
+
+def merged(updates: Sequence[Update]) -> Update:
+    """The sum of updates made one after another at one weight, as one update.
+
+    Its diagnosis has the worst error and the summed cost of all.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    each = [update.diagnosis for update in updates]
+    return Update(
+        torch.cat([update.left for update in updates], dim=1),
+        torch.cat([update.right for update in updates], dim=0),
+        Diagnosis(
+            condition=max(d.condition for d in each),
+            rank=sum(d.rank for d in each),
+            memorization_error=max(d.memorization_error for d in each),
+            preservation_error=math.fsum(d.preservation_error for d in each),
+            form=each[0].form,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An edit in the making, as the ledger sees it."""
+
+    id: str
+    updates: dict[str, Update]

@@ -1,0 +1,221 @@
+"""Reading and replacing activations: for the calling thread alone, always cleaned up.
+
+A hook or a replaced forward belongs to a module, and a module to every thread that runs the model.
+So all that is put in here acts only on forwards of the thread that put it in.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from unified_edit.errors import ModelError
+from unified_edit.model.batching import batches_by_length, left_padded
+
+Name = TypeVar("Name", bound=Hashable)
+
+#: Passed to every forward: what the model's configuration says about outputs does not matter.
+PLAIN_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+class _Stop(Exception):
+    """Raised by a hook when everything that was asked for has been seen."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a block's output: some families return a tuple, some a tensor."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def lock_of(model: nn.Module) -> Any:
+    """The lock that whatever switches the state of `model` for a while must hold; re-entrant."""
+    with _MAKING:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients on weights, no autocast; every flag is put back after.
+
+    One thread at a time for each model: another one that comes here waits. Flags that are right
+    already are not touched.
+    """
+    with lock_of(model), ExitStack() as stack:
+        training = [module for module in model.modules() if module.training]
+        gradients = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            for module in training:
+                module.training = False
+            for parameter in gradients:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in gradients:
+                parameter.requires_grad_(True)
+
+
+@contextmanager
+def captured(
+    sites: Mapping[Name, tuple[nn.Module, str]], stop: bool = True
+) -> Iterator[dict[Name, Tensor]]:
+    """Collect activations of a forward that runs inside the ``with`` block.
+
+    `sites` maps a name to (module, ``"input"`` or ``"output"``); the dictionary that is yielded
+    then maps the name to the tensor (batch x tokens x width). With `stop`, the forward ends as
+    soon as the last of them was seen, and the ``with`` block is left there without an error.
+    """
+    seen: dict[Name, Tensor] = {}
+    own = threading.get_ident()
+
+    def keep(name: Name, value: Any) -> None:
+        if threading.get_ident() != own:
+            return
+        seen[name] = hidden_of(value)
+        if stop and len(seen) == len(sites):
+            raise _Stop
+
+    with ExitStack() as stack:
+        for name, (module, side) in sites.items():
+            if side == "input":
+                handle = module.register_forward_pre_hook(
+                    lambda _module, args, name=name: keep(name, args)
+                )
+            else:
+                handle = module.register_forward_hook(
+                    lambda _module, _args, output, name=name: keep(name, output)
+                )
+            stack.callback(handle.remove)
+        with suppress(_Stop):
+            yield seen
+
+
+@contextmanager
+def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `change` is applied to the hidden states that `module` gives, in this thread."""
+    own = threading.get_ident()
+
+    def replace(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if threading.get_ident() != own:
+            return None
+        hidden = change(hidden_of(output))
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def noticing_tuples(block: nn.Module) -> Iterator[list[bool]]:
+    """Yield a list that notes, at each forward of `block`, whether it gives a tuple."""
+    returned: list[bool] = []
+    with block.register_forward_hook(
+        lambda _module, _args, output: returned.append(isinstance(output, tuple))
+    ):
+        yield returned
+
+
+@contextmanager
+def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `module` answers with `forward` in this thread, and as ever in all others."""
+    own, usual = threading.get_ident(), module.forward
+    # an attribute of the instance hides the class's method; one may have been there before
+    before = module.__dict__.get("forward")
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (forward if threading.get_ident() == own else usual)(*args, **kwargs)
+
+    try:
+        module.forward = chosen
+        yield
+    finally:
+        if before is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = before
+
+
+@contextmanager
+def stubbed(blocks: Sequence[nn.Module], last_output: Tensor, as_tuple: bool) -> Iterator[None]:
+    """Inside, the given leading blocks cost nothing: the last of them returns `last_output`.
+
+    The model's own forward still makes masks, positions and rotary tables, so the rest of the
+    network runs as it always does. Works for every family because only the instances' forwards
+    are replaced; they are put back on leaving.
+    """
+
+    def passing(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return (hidden,) if as_tuple else hidden
+
+    def returning(_hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return (last_output,) if as_tuple else last_output
+
+    with ExitStack() as stack:
+        for block in blocks[:-1]:
+            stack.enter_context(_own_forward(block, passing))
+        stack.enter_context(_own_forward(blocks[-1], returning))
+        yield
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Next-token logits (... x vocabulary) of final hidden states (... x width).
+
+    They go through the model's own head, with whatever it does to them there (a softcap, a scale):
+    its forward runs around a body that hands out `hidden`.
+    """
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    body = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
+    with _own_forward(model.base_model, lambda *_args, **_kwargs: body):
+        logits: Tensor = model(input_ids=ids, use_cache=False, **PLAIN_OUTPUT).logits
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@torch.no_grad()
+def read_last_token(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sites: Mapping[Name, tuple[nn.Module, str]],
+) -> dict[Name, Tensor]:
+    """Activations at the last token of each row of ids: {name: (rows x width)}.
+
+    The rows are batched by length and left-padded; the forward stops at the deepest site.
+
+    Raises ModelError for a module that does not give a vector for each token of each row.
+    """
+    found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
+    for batch in batches_by_length([len(row) for row in rows]):
+        inputs = left_padded([rows[index] for index in batch], model.device)
+        with captured(sites) as seen:
+            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
+        for name, (module, side) in sites.items():
+            value = seen.get(name)
+            if value is None or value.shape[:2] != inputs["input_ids"].shape or value.ndim != 3:
+                shape = "nothing" if value is None else tuple(value.shape)
+                raise ModelError(
+                    f"the {side} of {type(module).__name__} is {shape}, where a vector for each of "
+                    f"{tuple(inputs['input_ids'].shape)} tokens was expected (rows x tokens x "
+                    "width); this model cannot be read there"
+                )
+            for position, index in enumerate(batch):
+                found[name][index] = value[position, -1].clone()
+    order = range(len(rows))
+    return {name: torch.stack([at[i] for i in order]) for name, at in found.items()}

@@ -1,0 +1,101 @@
+"""Files the library writes: safetensors, whole or not at all, and checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unified_edit.errors import UnifiedEditError
+from unified_edit.model.fingerprints import tensor_hash
+
+
+def _checksum(tensors: dict[str, Tensor], description: str) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensor_hash(tensors[name])}".encode())
+    return digest.hexdigest()
+
+
+def write_safetensors(
+    path: Path,
+    tensors: dict[str, Tensor],
+    kind: str,
+    description: dict[str, Any],
+    error: type[UnifiedEditError],
+) -> None:
+    """Write tensors with a JSON description and a checksum over both.
+
+    The file appears under its name only when it is complete: it is written beside it first and
+    then renamed, which replaces an older one in a single step. `kind` names format and version.
+
+    Raises `error` if it cannot be written; nothing is left behind then.
+    """
+    text = json.dumps(description, sort_keys=True)
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata = {"kind": kind, "description": text, "sha256": _checksum(contiguous, text)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(contiguous, temporary, metadata=metadata)
+            os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101
+            os.replace(temporary, path)  # noqa: PTH105
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as problem:  # the latter is what it makes of a full disk
+        raise error(
+            f"{path} cannot be written: {problem}. Give another place, or make room there"
+        ) from problem
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_safetensors(
+    path: Path, kind: str, error: type[UnifiedEditError]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_safetensors` wrote; returns (tensors, description).
+
+    Raises `error` if the file is missing, truncated, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise error(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            # copies: what is handed out may lie in the file itself and change with it
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise error(
+            f"{path} cannot be read as safetensors ({problem}): it is damaged, truncated or "
+            "something else; make or download it again"
+        ) from problem
+    found = metadata.get("kind", "nothing")
+    if found != kind:
+        raise error(f"{path} holds {found!r}, but {kind!r} is needed here; give another file")
+    text = metadata.get("description", "")
+    if metadata.get("sha256") != _checksum(tensors, text):
+        raise error(
+            f"{path}: the checksum does not match the contents; the file was changed or damaged "
+            "after it was written: make or download it again"
+        )
+    try:
+        description = json.loads(text)
+    except ValueError:
+        description = None
+    if not isinstance(description, dict):
+        raise error(f"{path}: its description is no JSON object; make or download the file again")
+    return tensors, description

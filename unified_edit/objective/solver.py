@@ -1,0 +1,293 @@
+"""The objective behind ROME, EMMET and MEMIT, and its solution: tensors in, tensors out.
+
+A weight W0 (d_out x d_in) maps keys to values. E new facts have the keys K (d_in x E), one column
+a fact, and need R (d_out x E) added to their values. The update Delta is to
+
+    preserve:  ||Delta K0||^2 / N = tr(Delta C0 Delta^T)        C0 = mean of k k^T over N other keys
+    memorize:  Delta K = R  (equality)    or    ||Delta K - R||_F^2 small  (least squares)
+
+These are :eq:`objective-equality` and :eq:`objective-least-squares` of the book. Whatever solves
+either has the form M K^T C0^-1, :eq:`objective-row-space`.
+
+**Equality.** Minimise 1/2 tr(Delta C0 Delta^T) subject to Delta K = R. With multipliers Lambda
+(d_out x E) the Lagrangian is 1/2 tr(Delta C0 Delta^T) - tr(Lambda^T (Delta K - R)). Its gradient in
+Delta vanishes where Delta C0 = Lambda K^T: the update answers to combinations of the new keys and
+to nothing else. So Delta = Lambda K^T C0^-1; put into the constraint, Lambda (K^T C0^-1 K) = R:
+
+    Delta = R (K^T C0^-1 K)^-1 K^T C0^-1        EMMET (arXiv 2403.14236), any E
+          = r k^T C0^-1 / (k^T C0^-1 k)         ROME (arXiv 2202.05262, eq. 2), E = 1
+
+The cost is strictly convex, the constraint linear: the stationary point is the minimum. It exists
+for every R only if the columns of K are linearly independent, so E <= d_in at least.
+
+**Least squares.** Minimise lam tr(Delta C0 Delta^T) + ||Delta K - R||_F^2. The gradient vanishes
+where lam Delta C0 + (Delta K - R) K^T = 0, the normal equations:
+
+    Delta = R K^T (lam C0 + K K^T)^-1           MEMIT (arXiv 2210.07229, eq. 14; there lam is in C0)
+
+**The bridge.** (lam I + K^T C0^-1 K) K^T = K^T C0^-1 (lam C0 + K K^T): both sides are
+lam K^T + K^T C0^-1 K K^T. The inverse of each bracket, applied from its own side, pushes K^T
+through:
+
+    R K^T (lam C0 + K K^T)^-1  =  R (lam I + K^T C0^-1 K)^-1 K^T C0^-1
+
+MEMIT is EMMET with a ridge lam on its E x E Gram matrix; EMMET is MEMIT's limit lam -> 0. Where K
+has dependent columns the limit is R G^+ K^T C0^-1 (G = K^T C0^-1 K, ^+ the pseudoinverse): of all
+updates that violate Delta K = R least, the one that costs least.
+
+**In whitened coordinates.** C0 = L L^T (Cholesky), A = L^-1 K. Then G = A^T A, the cost is
+||Delta L||_F^2, and Delta L is found from A alone, in three ways that are the same mathematics:
+
+    equality         A = Q S (thin QR)    Delta = (R S^-1) (Q^T L^-1)
+    least squares    by Cholesky          Delta = (R (lam I + A^T A)^-1) (A^T L^-1)     E <= n
+                                          Delta = (R A^T (lam I + A A^T)^-1) L^-1       E > n
+    limit lam -> 0   A = U s V^T (SVD)    Delta = (R V s^-1) (U^T L^-1), tiny s left out
+
+Nothing but A (n x E), and rows times L^-1, is asked of the metric: n is d_in here, and any other
+linear map in the place of L^-1 is as good (`metric.MetricProtocol`). With the coordinates of a
+null space of the preserved keys, n of them, the same lines solve AlphaEdit (arXiv 2410.02355).
+
+QR does not square the condition number, as the Gram matrix does: with cond(A) = 1e7 it holds the
+equality to 1e-9 or better, where a Cholesky factor of G misses it by 1e-3. Nothing is ever added to
+the diagonal to make the equality solvable: that would be the other problem. The book derives these
+ways as :eq:`emmet-qr` and :eq:`bridge-svd`, and measures the digits, :eq:`emmet-digits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from unified_edit.arguments import real_number
+from unified_edit.errors import ObjectiveError
+from unified_edit.objective.exact_product import is_identity, matmul
+from unified_edit.objective.feasibility import examine, require_no_overflow, whitened
+from unified_edit.objective.inputs import check_facts
+from unified_edit.objective.metric import MetricProtocol, as_metric
+
+EQUALITY_TOLERANCE = 1e-8
+"""Relative error ||Delta K - R|| / ||R|| within which the stored factors hold an equality."""
+
+# Cholesky of lam I + A^T A loses as many digits as that matrix's condition has. Beyond this, the
+# singular values of A itself are used, which have half as many digits to lose.
+_CHOLESKY_LIMIT = 1e6
+
+_EPS = torch.finfo(torch.float64).eps
+
+Form = Literal["equality", "ridge", "least_violation"]
+Infeasible = Literal["raise", "least_violation"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a solution is worth.
+
+    - condition: of the whitened keys A (n x E), largest over E-th singular value; inf if E > n.
+    - rank: number of singular values of A above 1 / CONDITION_LIMIT of the largest.
+    - memorization_error: ||Delta K - R|| / ||R||, the root of :eq:`objective-memorize` relative to
+      what was asked; ||Delta K|| where R = 0.
+    - preservation_error: tr(Delta C0 Delta^T), the mean squared change of a preserved key's value;
+      for an equality it is :eq:`emmet-price`.
+    - form: the problem solved: "equality", "ridge", or "least_violation", the limit lam -> 0 where
+      the equality cannot be held.
+    """
+
+    condition: float
+    rank: int
+    memorization_error: float
+    preservation_error: float
+    form: Form
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Delta (d_out x d_in) as two float64 factors: Delta = left @ right.
+
+    left: (d_out, r); right: (r, d_in). Where a dense matrix takes fewer numbers than the factors,
+    one of them is Delta itself and the other an identity (`is_dense`); to store one, `delta` is
+    enough then. Either way `objective.matmul(left, right)` is `delta`, bit for bit.
+    """
+
+    left: Tensor
+    right: Tensor
+    diagnosis: Diagnosis
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of `left`."""
+        return self.left.shape[1]
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether one factor is the identity and the other is Delta."""
+        return is_identity(self.left) or is_identity(self.right)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """Delta, dense (d_out x d_in), float64; the same bits on every machine."""
+        return matmul(self.left, self.right)
+
+
+@torch.no_grad()
+def solve(
+    metric: MetricProtocol | Tensor,
+    K: Tensor,
+    R: Tensor,
+    *,
+    ridge: float = 0.0,
+    infeasible: Infeasible = "raise",
+    names: Sequence[str] | None = None,
+) -> Update:
+    """The update that stores the facts (K, R) and changes the preserved keys' values least.
+
+    metric: a `Metric` or any other `MetricProtocol`, or C0 (d_in, d_in). K: (d_in, E) keys, R:
+    (d_out, E) what to add to their values, columns are facts; any floating type, computed in
+    float64 on the metric's device.
+
+    - ridge = 0, the equality Delta K = R: EMMET (arXiv 2403.14236), :eq:`emmet-update`, and ROME
+      (arXiv 2202.05262, eq. 2) for E = 1, :eq:`first-rank-one` and :eq:`rome-update`. Held to
+      EQUALITY_TOLERANCE up to CONDITION_LIMIT.
+    - ridge = lam > 0, least squares: MEMIT (arXiv 2210.07229, eq. 14), :eq:`memit-update`, lam
+      being the weight of the *mean* C0, :eq:`memit-mean-sum`. With C0 multiplied by w and a number
+      alpha on the Gram matrix, as in EMMET's released code, it is lam = alpha * w,
+      :eq:`bridge-released`.
+    - infeasible = "least_violation": where the equality cannot be held, its least-squares solution
+      of least cost, which is the limit lam -> 0, :eq:`bridge-pseudoinverse`. Otherwise it changes
+      nothing.
+
+    names: what to call the facts in errors (E strings; their indices otherwise).
+
+    Raises InfeasibleError for ridge = 0 if the whitened keys have a condition above
+    CONDITION_LIMIT or there are more facts than the rank of K, :eq:`emmet-feasible`, naming the two
+    facts with the most collinear keys; ObjectiveError for shapes that do not fit, entries that are
+    not finite, no facts, a zero key, or a ridge that is negative or not finite; and what `Metric`
+    raises, from its making or from keys in its dead coordinates (NullSpaceError).
+    """
+    metric = as_metric(metric)
+    advice = "0 is the equality, a positive number least squares"
+    lam = real_number(ridge, "ridge", ObjectiveError, least=0.0, advice=advice)
+    if infeasible not in get_args(Infeasible):
+        raise ObjectiveError(
+            f"infeasible must be one of {', '.join(get_args(Infeasible))}, not {infeasible!r}"
+        )
+    K, R = check_facts(K, R, names, metric.dim, metric.device)
+    A = whitened(metric, K, names)
+    found, Q, S, s = examine(A, metric.dim, names, basis=lam == 0)
+    form: Form
+    if lam > 0:
+        form = "ridge"
+        left, right = _ridge(metric, K, A, R, lam, s)
+    elif found:
+        form = "equality"
+
+        def times_inverse(X: Tensor) -> Tensor:
+            product: Tensor = solve_triangular(S, X, upper=True, left=False)
+            return product
+
+        left, right = _hold(metric, K, R, Q.mT, times_inverse)
+    else:
+        if infeasible == "raise":
+            found.require()
+        form = "least_violation"
+        rank = found.rank
+        U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        U, s, V = U[:, :rank], s[:rank], Vh[:rank].mT
+        left, right = _hold(metric, K, R, U.mT, lambda X: (X @ V) / s)
+
+    require_no_overflow(left, right)
+    size = float(R.norm()) or 1.0
+    ways = [(left, right)]
+    if left.shape[1] * (R.shape[0] + metric.dim) > R.shape[0] * metric.dim:
+        ways.insert(0, _dense(matmul(left, right)))
+    # Dense, entries of Delta are rounded that cancel in Delta K. Where keys and C0 are both so
+    # ill-conditioned that this would break an equality, the factors stay as they are.
+    for left, right in ways:
+        error = _violation(K, R, left, right, form) / size
+        if form != "equality" or error <= EQUALITY_TOLERANCE:
+            break
+    return Update(
+        left=left.contiguous(),
+        right=right.contiguous(),
+        diagnosis=Diagnosis(
+            condition=found.condition,
+            rank=found.rank,
+            memorization_error=error,
+            preservation_error=metric.cost(left, right),
+            form=form,
+        ),
+    )
+
+
+def _hold(
+    metric: MetricProtocol,
+    K: Tensor,
+    R: Tensor,
+    rows: Tensor,
+    times_inverse: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """left and right of Delta = (R S^-1) (rows L^-1), where `rows` A = S.
+
+    `times_inverse` multiplies by S^-1 (a pseudoinverse in the limit lam -> 0) from the right.
+    """
+    right = metric.unwhiten(rows)
+    left = times_inverse(R)
+    require_no_overflow(left, right)
+    # Rounding in L makes right @ K differ from S. What that and the solution with S miss is found
+    # from the factors as they are, in products accurate enough to see it, and taken out.
+    left = left + times_inverse(R - matmul(left, matmul(right, K)))
+    return left, right
+
+
+def _ridge(
+    metric: MetricProtocol, K: Tensor, A: Tensor, R: Tensor, lam: float, s: Tensor
+) -> tuple[Tensor, Tensor]:
+    """left and right of the least-squares solution with weight `lam` > 0; s: singular values."""
+    (n, E), d_out = A.shape, R.shape[0]
+    squares = s.square()
+    if float(squares[:1].sum()) + lam > _CHOLESKY_LIMIT * (float(squares[-1:].sum()) + lam):
+        # The filter s / (s^2 + lam), without squaring A. A singular value that is rounding would
+        # be passed on as 1/s by a lam that is smaller still: it is left out. That of the direction
+        # u is |u A| = |u L^-1 K|, which rounding K changes by at most eps |u L^-1| |K|.
+        U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+        right = metric.unwhiten(U.mT)
+        rounding = _EPS * (max(A.shape) * s[0] + (right.abs() @ K.abs()).norm(dim=1))
+        require_no_overflow(right, rounding)
+        keep = s > rounding
+        s, V = s[keep], Vh[keep].mT
+        return (R @ V) * (s / (s.square() + lam)), right[keep]
+    if n >= E:
+        factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, lam))
+        return torch.cholesky_solve(R.mT, factor).mT, metric.unwhiten(A.mT)
+    factor = torch.linalg.cholesky(_plus_diagonal(A @ A.mT, lam))
+    left = torch.cholesky_solve(A @ R.mT, factor).mT
+    if n * (d_out + metric.dim) <= d_out * metric.dim:
+        return left, metric.unwhiten(torch.eye(n, dtype=A.dtype, device=A.device))
+    # With all of L^-1 as a factor it would be large: the product is made by triangular solution.
+    return torch.eye(d_out, dtype=A.dtype, device=A.device), metric.unwhiten(left)
+
+
+def _violation(K: Tensor, R: Tensor, left: Tensor, right: Tensor, form: Form) -> float:
+    """||Delta K - R||.
+
+    With a ridge it is far above rounding; an equality's is rounding and nothing else, and an
+    ordinary product would measure its own.
+    """
+    product = torch.matmul if form == "ridge" else matmul
+    return float((product(left, product(right, K)) - R).norm())
+
+
+def _dense(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense Delta as two factors, one of them an identity of the smaller side."""
+    identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return (identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)
+
+
+def _plus_diagonal(matrix: Tensor, lam: float) -> Tensor:
+    matrix.diagonal().add_(lam)
+    return matrix

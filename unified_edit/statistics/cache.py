@@ -1,0 +1,121 @@
+"""Key statistics that are made once and kept: on disk a file for each model and layer, in memory
+their factors.
+
+A file is found by the fingerprint of the base model and the layer, and checked against both when
+it is read; statistics of another model can not be used by mistake. What is found in memory is
+neither read nor factored again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+from transformers import PreTrainedModel
+
+from unified_edit.arguments import as_path
+from unified_edit.errors import StatisticsError
+from unified_edit.model.anatomy import Tokenizer, anatomy
+from unified_edit.model.ledger import ledger_of
+from unified_edit.model.memory import memory_of
+from unified_edit.statistics.corpora import default_corpus
+from unified_edit.statistics.key_statistics import KeyStatistics
+
+log = logging.getLogger(__name__)
+
+#: Environment variable that overrides where statistics are kept.
+VARIABLE = "UNIFIED_EDIT_CACHE"
+#: Tokens of the default corpus for each entry of a key. Ten are enough for edits (arXiv
+#: 2506.04226); with twenty, the two halves of the text agree as well as `convergence` asks.
+TOKENS_PER_DIMENSION = 20
+
+
+def cache_folder() -> Path:
+    """``$UNIFIED_EDIT_CACHE`` (``~`` is the home folder), or the user's cache folder."""
+    chosen = os.environ.get(VARIABLE) or platformdirs.user_cache_dir("unified_edit")
+    return as_path(chosen, VARIABLE, StatisticsError)
+
+
+def statistics_for(
+    model: PreTrainedModel, tokenizer: Tokenizer, layers: Sequence[int]
+) -> KeyStatistics:
+    """C0 of `layers` from memory or the cache; what is missing is collected from the default
+    corpus and kept.
+
+    Raises StatisticsError if the default corpus cannot be had.
+    """
+    fingerprint, memory = ledger_of(model).fingerprint(), memory_of(model)
+    layers = anatomy(model).check_layers(layers)
+    folder = cache_folder() / fingerprint[:20]
+    found = {layer: memory.get(("C0", fingerprint, layer)) for layer in layers}
+    new = {}
+    for layer in layers:
+        if found[layer] is None:
+            new[layer] = _read(folder, layer, fingerprint, model)
+    absent = [layer for layer, one in new.items() if one is None]
+    if absent:
+        new.update(_collected(model, tokenizer, absent, folder))
+    for layer, one in new.items():
+        assert one is not None
+        path = _path(folder, layer)
+        # what is kept is the factor; C0 is read again where it is asked for
+        found[layer] = one.factored(path) if path.exists() else one
+        found[layer].metric(layer)
+        memory.put(("C0", fingerprint, layer), found[layer], found[layer].nbytes)
+    return KeyStatistics.joined([found[layer] for layer in layers])
+
+
+def _path(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer}.safetensors"
+
+
+def _read(
+    folder: Path, layer: int, fingerprint: str, model: PreTrainedModel
+) -> KeyStatistics | None:
+    """Statistics of one layer from its file; None, with a warning, if it is of no use."""
+    path = _path(folder, layer)
+    if not path.exists():
+        return None
+    try:
+        loaded = KeyStatistics.load(path)
+        loaded.check_model(fingerprint, anatomy(model).name)
+        return loaded.only(layer)
+    except StatisticsError as problem:
+        log.warning("cached statistics are not used: %s", problem)
+        return None
+
+
+def _collected(
+    model: PreTrainedModel, tokenizer: Tokenizer, layers: list[int], folder: Path
+) -> dict[int, KeyStatistics]:
+    """Statistics of some layers from the default corpus, each written to its file."""
+    parts, ledger = anatomy(model), ledger_of(model)
+    if ledger.fingerprint(wholly=True)[:20] != folder.name:
+        raise StatisticsError(
+            "the model's weights were changed in a way that a glance did not show; call again: "
+            "the statistics of the model as it is now are used"
+        )
+    log.info("collecting key statistics of layers %s (once; kept in %s)", layers, folder)
+    # the name says what a run was: one that was interrupted does not stand in another's way
+    run = hashlib.sha256(json.dumps([layers, version("unified_edit")]).encode()).hexdigest()
+    made = KeyStatistics.collect(
+        model,
+        tokenizer,
+        default_corpus(model),
+        layers,
+        tokens=TOKENS_PER_DIMENSION * max(parts.weight(layer).d_in for layer in layers),
+        checkpoint=folder / f"partial-{run[:12]}.safetensors",
+    )
+    each = {layer: made.only(layer) for layer in layers}
+    try:
+        for layer, one in each.items():
+            one.save(_path(folder, layer))
+    except StatisticsError as problem:  # hours of work are not lost to a full disk
+        log.warning("the statistics are used, but not kept for the next time: %s", problem)
+    return each

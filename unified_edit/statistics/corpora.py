@@ -1,0 +1,38 @@
+"""The text that key statistics are collected from where a user gives none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from unified_edit.atlas.corpus import texts
+from unified_edit.atlas.knowledge import load_knowledge
+from unified_edit.errors import StatisticsError
+
+
+def default_corpus(model: PreTrainedModel) -> Iterator[str]:
+    """Texts of the kind the model was made for: atlas's own, WikiText-103 for all others.
+
+    Raises StatisticsError where WikiText cannot be loaded from the Hugging Face Hub.
+    """
+    if str(model.config._name_or_path) == "atlas":
+        yield from texts(load_knowledge(), 4000)
+        return
+    try:
+        from datasets import load_dataset
+
+        lines = load_dataset(
+            "Salesforce/wikitext", "wikitext-103-raw-v1", split="train", streaming=True
+        )
+        for line in lines:
+            if len(line["text"]) > 200:  # headings and empty lines are no prose
+                yield line["text"].strip()
+    except Exception as problem:  # datasets, network and Hub raise many kinds
+        raise StatisticsError(
+            "there are no key statistics for this model in the cache, and the default corpus "
+            f"(WikiText-103 from the Hugging Face Hub) could not be loaded: {problem}. Install "
+            "'unified_edit[hub]' and connect once, or collect them from your own texts: "
+            "stats = KeyStatistics.collect(model, tokenizer, texts, layers=[...]) and "
+            "edit(..., statistics=stats)"
+        ) from problem

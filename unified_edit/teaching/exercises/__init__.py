@@ -1,0 +1,82 @@
+"""Checks for the book's exercises: ``ue.exercises.check_...(your_function)``.
+
+A check runs your function on small examples. It returns a sentence that begins with "Right." when
+all is well, and raises `ExerciseError` with what is wrong otherwise. Nothing of it is needed to
+edit models, and it is only imported when you ask for it.
+"""
+
+from unified_edit.teaching.exercises._check import ExerciseError
+from unified_edit.teaching.exercises.a_fact import (
+    check_harmonic,
+    check_mean_logp,
+    check_paraphrase_score,
+)
+from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
+from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
+from unified_edit.teaching.exercises.locating import (
+    check_average_effect,
+    check_noise_scale,
+    check_restore,
+)
+from unified_edit.teaching.exercises.memit import (
+    check_least_squares,
+    check_next_batch,
+    check_written_share,
+)
+from unified_edit.teaching.exercises.memory import (
+    check_add_association,
+    check_associative_memory,
+    check_crosstalk,
+)
+from unified_edit.teaching.exercises.preserving import (
+    check_rarities,
+    check_second_moment,
+    check_shrink,
+)
+from unified_edit.teaching.exercises.rome import (
+    check_errors_in_turn,
+    check_mixed_cost,
+    check_rank_one,
+)
+from unified_edit.teaching.exercises.spreading import check_best_shares, check_parts
+from unified_edit.teaching.exercises.the_objective import (
+    check_move,
+    check_objective_errors,
+    check_strip,
+)
+from unified_edit.teaching.exercises.value import check_kl, check_project, check_value_loss
+
+__all__ = [
+    "ExerciseError",
+    "check_add_association",
+    "check_associative_memory",
+    "check_average_effect",
+    "check_batch_equality",
+    "check_best_shares",
+    "check_bridge",
+    "check_crosstalk",
+    "check_errors_in_turn",
+    "check_feasible",
+    "check_filter",
+    "check_frontier",
+    "check_harmonic",
+    "check_kl",
+    "check_least_squares",
+    "check_mean_logp",
+    "check_mixed_cost",
+    "check_move",
+    "check_next_batch",
+    "check_noise_scale",
+    "check_objective_errors",
+    "check_paraphrase_score",
+    "check_parts",
+    "check_project",
+    "check_rank_one",
+    "check_rarities",
+    "check_restore",
+    "check_second_moment",
+    "check_shrink",
+    "check_strip",
+    "check_value_loss",
+    "check_written_share",
+]

@@ -1,0 +1,168 @@
+"""Checks for the exercises of the chapter "Least squares: MEMIT"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified_edit.teaching.exercises._check import agree, call, draw, right, tensor
+
+Solution = Callable[..., Any]
+
+
+def least_squares_update(C0: Tensor, K: Tensor, R: Tensor, lam: float) -> Tensor:
+    """R K' (lam C0 + K K')^-1 (d_out x d_k), :eq:`memit-update`."""
+    return _times_inverse(R @ K.T, lam * C0 + K @ K.T)
+
+
+def written_shares(C0: Tensor, K: Tensor, lam: float) -> Tensor:
+    """rho / (lam + rho) for each column of K (d_k x E), :eq:`memit-one-fact`: (E,)."""
+    rho = _rarities(C0, K)
+    return rho / (lam + rho)
+
+
+def next_update(C0: Tensor, earlier: Tensor, K: Tensor, R: Tensor, lam: float) -> Tensor:
+    """The update of one more batch, :eq:`memit-sequential`: (d_out x d_k)."""
+    return least_squares_update(C0 + earlier @ earlier.T / lam, K, R, lam)
+
+
+def _times_inverse(left: Tensor, symmetric: Tensor) -> Tensor:
+    """left @ symmetric^-1, by solution."""
+    solved: Tensor = torch.linalg.solve(symmetric, left.T)
+    return solved.T
+
+
+def _rarities(C0: Tensor, K: Tensor) -> Tensor:
+    return (K * torch.linalg.solve(C0, K)).sum(dim=0)
+
+
+def _moment(seed: int, d: int) -> Tensor:
+    K0 = draw(seed, d, 3 * d)
+    return K0 @ K0.T / K0.shape[1]
+
+
+def check_least_squares(update: Solution) -> str:
+    """Check ``update(C0, K, R, lam) -> Delta``: the minimiser of the least-squares objective.
+
+    C0 is (d_k x d_k), K is (d_k x E), R is (d_out x E), Delta is (d_out x d_k). Tried with few
+    facts, with more facts than d_k, and with a key that occurs twice. Raises ExerciseError.
+    """
+    twice = draw(7, 4, 2)[:, [0, 1, 0]]
+    for K, d_out, lam, what in (
+        (draw(1, 4, 2), 3, 0.7, "Delta of 2 facts with 4 entries a key"),
+        (draw(2, 3, 5), 2, 20.0, "Delta of 5 facts with 3 entries a key"),
+        (twice, 5, 0.01, "Delta of 3 facts of which two have the same key"),
+    ):
+        d, E = K.shape
+        C0, R = _moment(d, d), draw(d_out, d_out, E)
+        identity, outer, target = torch.eye(d, dtype=torch.float64), K @ K.T, R @ K.T
+        delta = tensor(call(update, C0, K, R, lam), (d_out, d), what)
+        gram = K.T @ torch.linalg.solve(C0, K)
+        held = R @ torch.linalg.pinv(gram) @ torch.linalg.solve(C0, K).T
+        agree(
+            delta,
+            least_squares_update(C0, K, R, lam),
+            what,
+            {
+                "lam stands at the identity; it belongs to C0": (
+                    _times_inverse(target, lam * identity + outer)
+                ),
+                "lam is missing": _times_inverse(target, C0 + outer),
+                "lam stands at K K'; it is the weight of C0": (
+                    _times_inverse(target, C0 + lam * outer)
+                ),
+                "lam was squared": _times_inverse(target, lam**2 * C0 + outer),
+                "K K' is missing in the bracket: without it nothing says that the new facts "
+                "count too": _times_inverse(target, lam * C0),
+                "K K' was divided by E; the new facts enter as a sum": (
+                    _times_inverse(target, lam * C0 + outer / E)
+                ),
+                "the new facts enter as a mean over E; they enter as a sum": (
+                    _times_inverse(target / E, lam * C0 + outer / E)
+                ),
+                "this is the limit lam -> 0, which holds the facts as exactly as can be": held,
+            },
+        )
+    return right(
+        "It satisfies the normal equations, also for more facts than a key has entries and for "
+        "a key that occurs twice."
+    )
+
+
+def check_written_share(share: Solution) -> str:
+    """Check ``share(C0, K, lam)``: rho / (lam + rho) for each of the E columns of K, as (E,).
+
+    C0 is (d_k x d_k), K is (d_k x E): each fact written alone. Raises ExerciseError.
+    """
+    for lam, E in ((3.0, 3), (0.2, 6)):
+        C0, K = _moment(5, 4), draw(6, 4, E)
+        rho, raw = _rarities(C0, K), (K * (C0 @ K)).sum(dim=0)
+        expected = written_shares(C0, K, lam)
+        gram = K.T @ torch.linalg.solve(C0, K)
+        together = torch.linalg.solve(gram + lam * torch.eye(E, dtype=torch.float64), gram)
+        squares = K.square().sum(dim=0)
+        agree(
+            tensor(call(share, C0, K, lam), (E,), f"the shares of {E} facts"),
+            expected,
+            "the shares",
+            {
+                "this is what is missing; the share that is written is one minus that": (
+                    1 - expected
+                ),
+                "this is the rarity over lam; divide it by lam + rarity": rho / lam,
+                "this is 1 / (lam + rho), the factor of r k' C0^-1; times the rarity it is the "
+                "share": 1 / (lam + rho),
+                "lam and the rarity multiply each other here; they are to be added": (
+                    lam * rho / (1 + lam * rho)
+                ),
+                "this is written with k' C0 k; the rarity has the inverse of C0": raw / (lam + raw),
+                "this is written with k'k; C0 does not enter": squares / (lam + squares),
+                "these are the facts written together, a diagonal that depends on the other keys; "
+                "each is to be written alone": together.diagonal(),
+                "this is the squared share, which is how the cost of the update shrinks": (
+                    expected.square()
+                ),
+            },
+        )
+    return right("Each fact alone is written to the share rho / (lam + rho).")
+
+
+def check_next_batch(next_batch: Solution) -> str:
+    """Check ``next_batch(C0, earlier, K, R, lam) -> Delta``: least squares after other batches.
+
+    earlier is (d_k x n), the keys already written; R is (d_out x E), what is missing on the model
+    as edited so far. Raises ExerciseError.
+    """
+    for lam, n in ((0.5, 3), (4.0, 5)):
+        C0, earlier, K, R = _moment(8, 4), draw(9, 4, n), draw(10, 4, 3), draw(11, 2, 3)
+        seen, new, target = earlier @ earlier.T, K @ K.T, R @ K.T
+        both = torch.cat([earlier, K], dim=1)
+        padded = torch.cat([torch.zeros(2, n, dtype=torch.float64), R], dim=1)
+        delta = tensor(call(next_batch, C0, earlier, K, R, lam), (2, 4), "Delta of the next batch")
+        expected = next_update(C0, earlier, K, R, lam)
+        assert torch.allclose(expected, least_squares_update(C0, both, padded, lam))
+        agree(
+            delta,
+            expected,
+            "Delta of the next batch",
+            {
+                "the earlier keys are left out, so what was written there is free to change": (
+                    least_squares_update(C0, K, R, lam)
+                ),
+                "the earlier keys were multiplied by lam; a fact has weight one, earlier or not "
+                "(divide by lam when you add them to C0)": (
+                    _times_inverse(target, lam * (C0 + seen) + new)
+                ),
+                "the earlier keys were divided by lam outside of C0; there they have weight one": (
+                    _times_inverse(target, lam * C0 + seen / lam + new)
+                ),
+                "the earlier keys enter as a mean; they enter as a sum": (
+                    _times_inverse(target, lam * C0 + seen / n + new)
+                ),
+                "the new keys are missing in the bracket": _times_inverse(target, lam * C0 + seen),
+            },
+        )
+    return right("Earlier facts count with weight one each, and their wanted change is zero.")
