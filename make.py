@@ -231,10 +231,9 @@ def pytest(
     arguments: Sequence[str],
     more: Mapping[str, str] | None = None,
 ) -> None:
-    """Run pytest on two processes; the report is JUnit XML.
+    """Run pytest on two processes, a module, class or notebook to each; the report is JUnit XML.
 
-    A module or notebook goes to one of them as a whole, unless `arguments` say otherwise. `more`
-    are environment variables beside those of `environment`.
+    `more` are environment variables beside those of `environment`.
     """
     options = ["-q", "-n", str(WORKERS), "--dist", "loadscope", f"--junitxml={report}"]
     options += ["-o", f"cache_dir={BUILD / 'pytest_cache'}"]
@@ -286,13 +285,15 @@ def test(python: Path) -> None:
     strict = BUILD / "strict"
     rendered = {PAGES: str(strict / "_build" / "html")}
     others = ["tests", f"--ignore={browser}"]
-    shared = [browser, "--dist", "loadgroup"]  # each page goes to one process as a whole
     stages: list[tuple[str, Callable[[], object]]] = [
         ("lint and types", lambda: lint(python)),
         ("unit tests", lambda: pytest(python, "unit tests", reports["unit"], others)),
         ("notebooks", lambda: nbval(python)),
         ("strict build", lambda: render(python, BOOK, strict)),
-        ("pages in a browser", lambda: pytest(python, "pages", reports["page"], shared, rendered)),
+        (
+            "pages in a browser",
+            lambda: pytest(python, "pages", reports["page"], [browser], rendered),
+        ),
     ]
     try:
         for number, (name, stage) in enumerate(stages, start=1):

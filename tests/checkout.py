@@ -22,3 +22,4 @@ def load(path: Path) -> ModuleType:
 
 
 make = load(ROOT / "make.py")
+notebook_tools = load(ROOT / "tools" / "notebooks.py")

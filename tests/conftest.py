@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["fixtures_atlas", "fixtures_tiny"]
+pytest_plugins = ["fixtures_atlas", "fixtures_tiny", "fixtures_refusals"]

@@ -16,8 +16,13 @@ from unified_edit.atlas.knowledge import load_knowledge
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Statistics are cached in a folder of the test run, never in the user's."""
-    folder = tmp_path_factory.getbasetemp().parent / "unified_edit_cache"
+    """Statistics are cached in a folder of this test run, shared by its workers if it has some.
+
+    Never in the user's, and not in that of the run before: it may be another version's.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "unified_edit_cache"
     os.environ["UNIFIED_EDIT_CACHE"] = str(folder)
     return folder
 

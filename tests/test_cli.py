@@ -9,22 +9,25 @@ import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import unified_edit as ue
-from unified_edit.command_line import cli, console
+from unified_edit.command_line import cli, commands, console
 from unified_edit.command_line.console import format_table, read_texts, to_json, write_text
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
-from unified_edit.measuring.evaluation import ask, evaluate
-from unified_edit.model import anatomy as models
-from unified_edit.statistics import cache as statistics_cache
-from unified_edit.statistics import key_statistics
+from unified_edit.measuring import ask, evaluate
+from unified_edit.statistics import cache, collect
 
 COMMANDS = ("ask", "edit", "evaluate", "statistics")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
@@ -152,12 +155,14 @@ def test_version(capsys):
         (["ask", "a", "-k", "0"], "0 is not at least 1"),
         (["ask", "a", "-k", "x"], "invalid whole number value: 'x'"),
         (["ask", "a", "--dtype", "int8"], "--dtype"),
+        (["ask", "a", "--edit", ""], "--edit: the path is ''; give the path of a file"),
+        (["ask", "a", "--edit", "~nobody-is-called-so/e"], "write the path out"),
         (["ask", "a", "--mod", "atlas"], "unrecognized arguments"),
         (["edit", *SINGLE], "--out"),
         (["edit", "--out", "x"], "give --facts FILE, or all of"),
         (["edit", "--out", "x", *SINGLE[:4]], "give --facts FILE, or all of"),
         (["edit", "--out", "x", "--facts", "facts.jsonl", *SINGLE], "not both"),
-        (["edit", "--out", "x", *SINGLE, "--method", "FT"], "invalid choice: 'FT'"),
+        (["edit", "--out", "x", *SINGLE, "--method", "FT"], "'FT' is none of ROME, EMMET, "),
         (["edit", "--out", "x", *SINGLE, "--layers", "-1"], "-1 is not at least 0"),
         (["edit", "--out", "x", *SINGLE, "--seed", "-1"], "-1 is not from 0"),
         (["evaluate", "--method", "EMMET", "--edit", "e"], "not allowed with"),
@@ -237,13 +242,12 @@ def test_ask_with_a_saved_edit(run, place):
 
 
 def test_edit_of_a_single_fact_is_the_library_s(run, place, out):
-    text, _ = run(*EDIT, *SINGLE, "--target-true", "Rome", "--out", out, "--json")
+    text, err = run(*EDIT, *SINGLE, "--target-true", "Rome", "--out", out, "--json")
     document = json.loads(text)
     assert document["layers"][0]["form"] == "equality"
     assert document["layers"][0]["memorization_error"] <= 1e-8
     assert document["out"] == str(out)
     assert document["method"]["layers"] == [0]
-    assert document["warnings"] == []
     saved, wanted = ue.Edit.load(out), ue.Edit.load(place / "edit.safetensors")
     assert document["id"] == saved.id == wanted.id  # of facts, settings, matrices and hashes
     assert torch.equal(saved.delta(0), wanted.delta(0))
@@ -257,6 +261,12 @@ def test_edit_of_a_single_fact_is_the_library_s(run, place, out):
         assert fact[when] == pytest.approx(float(torch.tensor(table["logp_new"][when]).exp()),
                                            **CLOSE)  # fmt: skip
     assert fact["after"] > fact["before"]
+    assert fact["likeliest"] is bool(table["generated"]["after"]) is saved.outcomes[0].likeliest
+    assert fact["steps"] == len(saved.outcomes[0].losses)
+    assert fact["last_loss"] == saved.outcomes[0].losses[-1]
+    # the random model says "Oslo" more often now, but not first of all
+    assert document["warnings"] == list(saved.warnings)
+    assert "warning: 1 of 1 facts did not take: " in err
 
 
 def test_edit_from_a_file_for_people(run, place, out):
@@ -269,7 +279,16 @@ def test_edit_from_a_file_for_people(run, place, out):
     assert saved.method.ridge == 1.0
     assert saved.layers == (0, 1)
     assert [asdict(fact) for fact in saved.facts] == FACTS
-    assert "The museum is in the city of  Vienna" in text
+    took = sum(outcome.likeliest for outcome in saved.outcomes)
+    title, head, first, second, _, layers, *_ = text.splitlines()
+    assert title.startswith(f"MEMIT: {took} of 2 facts took")
+    assert head.split() == ["prompt", "target", "before", "after", "likeliest", "steps", "clamped"]
+    for line, fact, outcome in zip((first, second), saved.facts, saved.outcomes, strict=True):
+        assert line.startswith(f"  {fact.text} ")
+        told = line.removeprefix(f"  {fact.text} ").split()
+        assert told[:3] == [fact.target_new, f"{outcome.before:.3g}", f"{outcome.after:.3g}"]
+        assert told[3] == ("yes" if outcome.likeliest else "no")
+    assert layers.split()[:2] == ["layer", "condition"]
     assert text.endswith(f"\nwrote {out}\n")
     assert "error" not in err
 
@@ -387,14 +406,13 @@ def test_too_few_tokens_are_refused_unless_shrunk(run, out):
 
 
 def test_tokens_and_the_default_corpus(run, out, monkeypatch, tiny_texts):
-    monkeypatch.setattr(statistics_cache, "default_corpus", lambda model: iter(tiny_texts))
-    monkeypatch.setattr(key_statistics, "GROUP", 8)
+    monkeypatch.setattr(commands, "default_corpus", lambda model: iter(tiny_texts))
     base = ("statistics", "--model", "model", "--layers", 0, "--out", out, "--json", "--force")
     default = json.loads(run(*base)[0])["source"]["tokens"]
-    wanted = statistics_cache.TOKENS_PER_DIMENSION * 48
-    assert wanted <= default < wanted + 8 * 40  # the last group of eight is counted whole
+    wanted = cache.TOKENS_PER_DIMENSION * 48
+    assert wanted <= default < wanted + 40  # the last text is counted whole
     fewer = json.loads(run(*base, "--tokens", 400)[0])["source"]["tokens"]
-    assert 400 <= fewer < 400 + 8 * 40 < wanted
+    assert 400 <= fewer < 400 + 40 < wanted
 
 
 PARAGRAPHS = "One\ntwo\n \n\nthree\n\n"
@@ -459,6 +477,7 @@ def test_a_wrong_field_on_line_17(run, place, out):
         ((*EDIT[:-1], "edit.safetensors", *SINGLE), "edit.safetensors holds "),
         ((*EDIT, *SINGLE, "--model", "other"), "not from this model 'other'"),
         ((*EDIT, *SINGLE, "--device", "nowhere"), "device 'nowhere' cannot be used"),
+        ((*EDIT, *SINGLE, "--device", "meta"), "device 'meta' cannot be used"),
         (("evaluate", "--model", "model", "--records", "absent"), "'absent' is neither"),
         (("evaluate", "--model", "other", "--records", "records.jsonl", "--edit",
           "edit.safetensors"), "not for this model"),
@@ -504,7 +523,7 @@ def test_nothing_is_overwritten_unasked(command, run, place, tmp_path, monkeypat
         "evaluate": ["evaluate", "--model", "model", "--records", "records.jsonl"],
     }[command]
     with monkeypatch.context() as patch:
-        patch.setattr(models, "load_model", None)  # refused before the model is loaded
+        patch.setattr(commands, "load_model", None)  # refused before the model is loaded
         out, err = run(*arguments, "--out", path, code=1)
     assert out == ""
     assert err == f"error: {path} is there already; give another name, or --force\n"
@@ -518,13 +537,13 @@ def test_nothing_is_overwritten_unasked(command, run, place, tmp_path, monkeypat
 
 
 def test_where_nothing_can_be_written(run, place, monkeypatch):
-    monkeypatch.setattr(models, "load_model", None)
+    monkeypatch.setattr(commands, "load_model", None)
     _, err = run(*EDIT, *SINGLE, "--out", "model", "--force", code=1)
     assert err == "error: model is there and is not a file; give another name\n"
     _, err = run(*EDIT, *SINGLE, "--out", "facts.jsonl/e.safetensors", code=1)
     assert err == (
         "error: facts.jsonl/e.safetensors cannot be written: "
-        f"{place / 'facts.jsonl'} is not a writable folder\n"
+        f"{place / 'facts.jsonl'} is not a writable folder; give another place\n"
     )
 
 
@@ -543,37 +562,247 @@ def test_a_text_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-# -- the program ------------------------------------------------------------------------------
+def test_what_the_system_says_against_writing(run, out, monkeypatch):
+    long = "x" * 300
+    for arguments in ([*EDIT, *SINGLE], ["evaluate", "--model", "model", "--limit", "1"]):
+        _, err = run(*arguments, "--out", long, code=1)
+        assert err.startswith(f"error: {long} cannot be written: ")
+        assert err.count("\n") == 1
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)  # after all the work; the folder is as it was
+        _, err = run(*EDIT, *SINGLE, "--out", out, code=1)
+    assert err.splitlines()[-1].startswith(f"error: {out} cannot be written: [Errno 28] No space")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        patch.setattr(commands, "load_model", None)
+        _, err = run(*EDIT, *SINGLE, "--out", out, code=1)
+        assert f"{out.parent} is not a writable folder" in err
+        _, err = run(*EDIT, *SINGLE, "--out", out, "--force", "--peft", out.parent / "a", code=1)
+        assert "is not a writable folder" in err
 
 
-def test_ctrl_c(run, out, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("option", "name"), [("--statistics", "stats.safetensors"), ("--edit", "edit.safetensors")]
+)
+def test_files_of_an_older_version(option, name, run, place, tmp_path):
+    with safe_open(place / name, framework="pt") as handle:
+        metadata = handle.metadata()
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    kind = metadata["kind"]
+    assert kind.endswith("/2")
+    old = tmp_path / name
+    save_file(tensors, old, metadata={**metadata, "kind": kind[:-1] + "1"})
+    arguments = ["--model", "model", "--records", "records.jsonl", option, old]
+    method = ["--method", "EMMET"] if option == "--statistics" else []
+    _, err = run("evaluate", *arguments, *method, code=1)
+    assert f"error: {old} holds '{kind[:-1]}1', but '{kind}' is needed here" in err
+    assert "by an older version of this library: make it again" in err
 
-    monkeypatch.setattr(models, "load_model", interrupted)
-    text, err = run(*EDIT, *SINGLE, "--out", out, code=130)
-    assert (text, err) == ("", "interrupted\n")
+
+def test_the_home_folder(run, place, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setenv("HOME", str(place))
+    home = tmp_path / "home"
+    monkeypatch.chdir(tmp_path)
+    home.symlink_to(place)
+    made = ["e.safetensors", "adapter", "r.json", "t.csv", "s.safetensors"]
+
+    def run_there(command, *arguments):
+        found = cli.main([command, "--model", "~/model", *map(str, arguments)])
+        assert found == 0
+
+    try:
+        run_there(
+            "edit", "--facts", "~/facts.jsonl", "--statistics", "~/stats.safetensors",
+            "--layers", 0, "--out", "~/e.safetensors", "--peft", "~/adapter",
+        )  # fmt: skip
+        run_there(
+            "evaluate", "--records", "~/records.jsonl", "--edit", "~/e.safetensors",
+            "--out", "~/r.json", "--table", "~/t.csv",
+        )  # fmt: skip
+        run_there(
+            "statistics", "--layers", 0, "--texts", "~/texts.txt", "--checkpoint", "~/partial",
+            "--out", "~/s.safetensors",
+        )  # fmt: skip
+        assert all((place / name).exists() for name in made)
+        assert list(tmp_path.iterdir()) == [home]
+    finally:
+        for name in made:
+            subprocess.run(["rm", "-r", place / name], check=False)
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------
+
+#: The program with a Ctrl-C of its own at one moment: while a module is imported, while something
+#: is printed, in a command at work and once more while that is broken off.
+STRUCK = """
+import os, signal, sys, time
+moment = sys.argv.pop(1)
+usual = signal.SIG_IGN if moment == "ignored" else signal.default_int_handler
+signal.signal(signal.SIGINT, usual)
+
+def strike(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+
+def struck_twice(*_, **__):
+    try:
+        strike()
+        time.sleep(60)
+    finally:
+        print("breaking off", file=sys.stderr, flush=True)
+        strike()
+        time.sleep(60)
+
+class Lost:
+    def __del__(self):  # where exceptions are reported, and nothing more
+        strike()
+        sum(range(10))
+
+class Paper:
+    encoding, write, flush = "utf-8", strike, print
+
+def on_import(event, arguments):
+    if event == "import" and arguments[0] == ("argparse" if moment == "ignored" else moment):
+        strike()
+
+if moment == "print":
+    sys.stdout = Paper()
+elif moment in ("load", "lost"):
+    from unified_edit.command_line import commands
+    commands.load_model = struck_twice if moment == "load" else lambda *_, **__: Lost() and None
+else:
+    sys.addaudithook(on_import)
+import unified_edit.__main__
+print("ready", file=sys.stderr, flush=True)
+sys.exit(unified_edit.__main__.main())
+"""
+
+
+def start(moment: str, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", STRUCK, moment, *map(str, arguments)]
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert program.stderr is not None
+    assert program.stderr.readline() == "ready\n"
+    return program
+
+
+@pytest.mark.parametrize(
+    ("moment", "said"),
+    [
+        ("torch", ""),
+        ("transformers", ""),
+        ("argparse", ""),
+        ("print", ""),
+        ("load", "breaking off\n"),
+        ("lost", ""),
+    ],
+)
+def test_ctrl_c_at_any_moment(moment, said):
+    arguments = ["--version"] if moment in ("argparse", "print") else ["ask", "a"]
+    out, err = (program := start(moment, *arguments)).communicate(timeout=300)
+    assert (out, err, program.returncode) == ("", f"{said}interrupted\n", 130)
+
+
+def test_what_ignores_ctrl_c_goes_on():
+    out, err = (program := start("ignored", "--version")).communicate(timeout=300)
+    assert (out, err, program.returncode) == (f"unified_edit {ue.__version__}\n", "", 0)
+
+
+def test_help_does_not_wait_for_torch(tmp_path):
+    code = """
+import sys
+from unified_edit.command_line.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    assert not {"torch", "transformers", "pandas"} & set(sys.modules)
+"""
+    for arguments in (["--help"], *([command, "--help"] for command in COMMANDS)):
+        subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=300,
+        )
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0, 1), (0.3, 2), (1, 1), (4, 1), (8, 2)])
+def test_ctrl_c_after_some_time(seconds, times, tmp_path):
+    os.mkfifo(tmp_path / "texts")  # reading it takes as long as nobody writes
+    out = tmp_path / "out.safetensors"
+    program = start("never", "statistics", "--layers", 0, "--texts", tmp_path / "texts",
+                    "--out", out)  # fmt: skip
+    time.sleep(seconds)
+    for _ in range(times):
+        program.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert program.communicate(timeout=300) == ("", "interrupted\n")
+    assert program.returncode == 130
     assert not out.exists()
+
+
+def test_an_edit_that_was_interrupted_is_in_nobody_s_way(
+    run, out, monkeypatch, tmp_path, tiny_texts
+):
+    monkeypatch.setenv("UNIFIED_EDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(collect, "GROUP", 16)
+    monkeypatch.setattr(collect, "CHECKPOINT_TOKENS", 100)
+
+    def texts(stop: int | None):
+        for number, text in enumerate(tiny_texts):
+            if number == stop:
+                signal.raise_signal(signal.SIGINT)
+            yield text
+
+    def files() -> list[str]:
+        return sorted(path.name.partition("-")[0] for path in tmp_path.rglob("*.safetensors"))
+
+    emmet = ["edit", "--model", "model", *SINGLE, "--layers", "0", "--out", out, "--force"]
+    memit = [*emmet, "--method", "MEMIT", "--layers", "0", "1", "--ridge", "1"]
+    monkeypatch.setattr(cache, "default_corpus", lambda model: texts(stop=40))
+    with pytest.raises(KeyboardInterrupt):
+        run(*emmet)
+    assert files() == ["partial"]
+    assert not out.exists()
+    monkeypatch.setattr(cache, "default_corpus", lambda model: texts(stop=None))
+    _, err = run(*memit)
+    assert "going on" not in err
+    assert files() == ["layer", "layer", "partial"]
+    assert ue.Edit.load(out).layers == (0, 1)
+    for path in tmp_path.rglob("layer-0.safetensors"):
+        path.unlink()
+    _, err = run(*emmet)  # goes on where it was interrupted
+    assert "note: going on after 32 texts from " in err
+    assert files() == ["layer", "layer"]
+
+
+# -- the program ------------------------------------------------------------------------------
 
 
 def test_what_nobody_foresaw_is_not_hidden(run, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(models, "load_model", broken)
+    monkeypatch.setattr(commands, "load_model", broken)
     with pytest.raises(ZeroDivisionError):
         run("ask", "--model", "model", "a")
 
 
 def test_what_others_print_does_not_spoil_the_json(run, monkeypatch):
-    load = models.load_model
+    load = commands.load_model
 
     def chatty(*arguments, **options):
         print("hello from elsewhere")
         logging.getLogger("unified_edit.somewhere").info("a note")
         return load(*arguments, **options)
 
-    monkeypatch.setattr(models, "load_model", chatty)
+    monkeypatch.setattr(commands, "load_model", chatty)
     handlers, level = list(logging.getLogger("unified_edit").handlers), _level()
     text, err = run("ask", "--model", "model", "--json", "a")
     json.loads(text)
@@ -631,11 +860,14 @@ def test_tables_for_people():
         {"name": "a\nb", "n": 1, "p": 0.123456, "ok": True},
         {"name": "x" * 99, "n": 22, "p": 1e-9, "ok": False},
     ]
-    assert format_table(rows).splitlines() == [
-        "  name" + " " * (console.CELL - 4) + "   n      p  ok",
+    assert format_table(pd.DataFrame(rows)).splitlines() == [
+        "  name" + " " * (console.CELL - 4) + "   n      p  ok ",
         "  a b" + " " * (console.CELL - 3) + "   1  0.123  yes",
-        "  " + "x" * (console.CELL - 3) + "...  22  1e-09  no",
+        "  " + "x" * (console.CELL - 3) + "...  22  1e-09  no ",
     ]
-    many = format_table([{"n": n} for n in range(console.ROWS + 5)]).splitlines()
+    many = format_table(pd.DataFrame({"n": range(console.ROWS + 5)})).splitlines()
     assert len(many) == console.ROWS + 2
+    assert many[:3] == ["   n", "   0", "   1"]
     assert many[-1] == "  ... and 5 more (--json shows all)"
+    names = format_table(pd.DataFrame([{"short": 1.0, "longer name": 2, "word": "a"}])).splitlines()
+    assert names == ["  short  longer name  word", "      1            2  a   "]

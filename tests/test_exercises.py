@@ -26,7 +26,7 @@ from torch import Tensor
 
 import unified_edit as ue
 from unified_edit import exercises
-from unified_edit.teaching.exercises import ExerciseError, _check
+from unified_edit.teaching.exercises import ExerciseError, checking
 
 CHAPTERS = {page.name: page for page in notebooks()}
 CALL = re.compile(r"^# (?P<call>ue\.exercises\.(?P<check>check_\w+)\((?P<function>\w+)\))")
@@ -218,7 +218,7 @@ def test_all_code_of_solutions_runs_behind_its_chapter(name: str, tmp_path: Path
     path = tmp_path / "chapter.ipynb"
     shutil.copytree(ROOT / "book" / "data", tmp_path / "data")
     nbformat.write(content, path)
-    command = [sys.executable, str(ROOT / "make.py"), "_execute", str(path), name]
+    command = [sys.executable, str(ROOT / "tools" / "notebooks.py"), "execute", str(path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -270,17 +270,17 @@ def divides(K: Tensor) -> float:
 )
 def test_functions_that_fail_are_told_why(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(ExerciseError, match=message):
-        _check.call(function, torch.ones(3))
+        checking.call(function, torch.ones(3))
 
 
 def test_a_function_gets_copies_and_gives_back_its_result() -> None:
     K = torch.ones(3)
-    assert torch.equal(_check.call(double, K), 2 * K)
+    assert torch.equal(checking.call(double, K), 2 * K)
     with pytest.raises(ExerciseError, match="changed"):
-        _check.call(works_in_place, K)
+        checking.call(works_in_place, K)
     assert torch.equal(K, torch.ones(3))
-    assert _check.call(len, [1, 2]) == 2
-    assert _check.call(lambda K, *, lam: lam, K, lam=0.5) == 0.5
+    assert checking.call(len, [1, 2]) == 2
+    assert checking.call(lambda K, *, lam: lam, K, lam=0.5) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -301,9 +301,9 @@ def test_any_change_of_an_argument_is_noticed(change: Callable[[Any], Any]) -> N
         "set": {1},
         "nan": math.nan,
     }
-    assert _check.call(lambda values: 1, values) == 1
+    assert checking.call(lambda values: 1, values) == 1
     with pytest.raises(ExerciseError, match="changed its argument `values`"):
-        _check.call(lambda values: (change(values), 1), values)
+        checking.call(lambda values: (change(values), 1), values)
 
 
 @pytest.mark.parametrize(
@@ -325,15 +325,15 @@ def test_results_of_another_shape_are_told_which(
     value: object, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ExerciseError, match=rf"W .*{message}"):
-        _check.tensor(value, shape, "W")
+        checking.tensor(value, shape, "W")
 
 
 def test_results_are_read_as_float64() -> None:
     for value in ([1, 2], np.array([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True)):
-        read = _check.tensor(value, (2,), "W")
+        read = checking.tensor(value, (2,), "W")
         assert torch.equal(read, torch.tensor([1.0, 2.0], dtype=torch.float64))
         assert not read.requires_grad
-    assert _check.number(np.float32(0.5), "lam") == 0.5
+    assert checking.number(np.float32(0.5), "lam") == 0.5
 
 
 A = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
@@ -354,17 +354,17 @@ A = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
 def test_wrong_results_are_told_how(got: Tensor, message: str) -> None:
     mistakes = {"this is right after all": A, "the mean was subtracted": A + 1}
     with pytest.raises(ExerciseError, match=rf"^W is not right: {message}"):
-        _check.agree(got, A, "W", mistakes)
+        checking.agree(got, A, "W", mistakes)
 
 
 def test_right_results_agree() -> None:
-    _check.agree(A * (1 + 1e-9), A, "W")
-    _check.agree(0.0, 0.0, "lam")
+    checking.agree(A * (1 + 1e-9), A, "W")
+    checking.agree(0.0, 0.0, "lam")
     with pytest.raises(ExerciseError, match="you have 2, it should be 3"):
-        _check.agree(2.0, 3.0, "lam", tolerance=1e-3)
-    assert _check.right("All is well.") == "Right. All is well."
-    assert torch.equal(_check.draw(0, 2, 3), _check.draw(0, 2, 3))
-    assert _check.draw(0, 2, 3).dtype == torch.float64
+        checking.agree(2.0, 3.0, "lam", tolerance=1e-3)
+    assert checking.right("All is well.") == "Right. All is well."
+    assert torch.equal(checking.draw(0, 2, 3), checking.draw(0, 2, 3))
+    assert checking.draw(0, 2, 3).dtype == torch.float64
 
 
 def test_a_notebook_shows_the_message_alone() -> None:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.measuring.scores import summarise
-from unified_edit.model.anatomy import anatomy
-from unified_edit.model.likelihoods import continuations, likelihoods
+from unified_edit.measuring import summarise
+from unified_edit.model import Encoder, anatomy, likelihoods
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.a_fact import (
     check_harmonic,
@@ -40,7 +39,7 @@ def test_the_probability_of_an_object_is_a_geometric_mean(atlas: Any) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     parts = anatomy(model)
-    (answer,) = likelihoods(parts, continuations(parts, tokenizer, [(prompt, target)]))
+    (answer,) = likelihoods(parts, Encoder(tokenizer, parts).continuations([(prompt, target)]))
     assert len(ids) == len(tokenizer(prompt)["input_ids"]) + 2
     # logits in float32, with and without the last token: they agree to about 1e-5
     assert answer.logp == pytest.approx(mean_log_probability(logits, ids, 2), abs=1e-4)

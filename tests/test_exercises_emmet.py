@@ -13,7 +13,7 @@ from torch.linalg import solve_triangular
 
 import unified_edit as ue
 from unified_edit.errors import InfeasibleError
-from unified_edit.objective.solver import Metric
+from unified_edit.objective import Metric
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.emmet import (
     batch_update,

@@ -12,7 +12,7 @@ from torch import Tensor
 import unified_edit as ue
 from unified_edit.errors import InfeasibleError
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.memit import (
     check_least_squares,
     check_next_batch,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import unified_edit as ue
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.memory import (
     check_add_association,
     check_associative_memory,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.objective.solver import Metric
+from unified_edit.objective import Metric
 from unified_edit.statistics.key_statistics import KeyStatistics, Source
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.preserving import (

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified_edit.objective.solver import Metric, solve
+from unified_edit.objective import Metric, solve
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from unified_edit.editing.spreading import shares
-from unified_edit.objective.solver import Metric, solve
+from unified_edit.objective import Metric, solve
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.spreading import (
     check_best_shares,
     check_parts,

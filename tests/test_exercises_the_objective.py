@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 
 import unified_edit as ue
-from unified_edit.objective.solver import Metric
+from unified_edit.objective import Metric
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.the_objective import (
     both_errors,
@@ -98,7 +98,7 @@ def test_in_whitened_coordinates_it_is_ordinary_least_norm(ridge: float) -> None
     A, Delta = metric.whiten(K), ue.objective.solve(metric, K, R, ridge=ridge).delta
     B = Delta @ metric.factor
     assert torch.allclose(metric.factor @ A, K)
-    assert torch.allclose(metric.unwhiten_rows(B), Delta)
+    assert torch.allclose(metric.unwhiten(B), Delta)
     assert torch.isclose(B.square().sum(), torch.trace(Delta @ C0 @ Delta.T))
     assert torch.allclose(B @ A, Delta @ K)
     # ordinary: least norm by the pseudoinverse, the ridge as five more equations

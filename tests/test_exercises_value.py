@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises._check import draw
+from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.value import (
     check_kl,
     check_project,

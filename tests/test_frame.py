@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -19,9 +20,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
 from checkout import ROOT, load, make
+from checkout import notebook_tools as tools
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -209,6 +212,52 @@ def test_ci_runs_what_a_contributor_runs() -> None:
     assert "make.py $@" in makefile
 
 
+UPDATE = "apt-get -qq -o Acquire::Retries=1 -o Acquire::http::Timeout=30 update"
+INSTALL = "apt-get -qq -y --no-install-recommends install chromium"
+SET_UP = "python3 -c import make; make.set_up()"
+PLAYWRIGHT = "python -m playwright install chromium"
+WITH_DEPS = "python -m playwright install --with-deps chromium"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a script for the shell of other systems")
+@pytest.mark.parametrize(
+    ("user", "answers", "calls"),
+    [
+        (0, {"chromium": 0}, []),
+        (0, {"apt-get": 0}, [UPDATE, INSTALL]),
+        (0, {"apt-get": 100, "python": 0}, [UPDATE, SET_UP, WITH_DEPS]),
+        (0, {"python": 1}, [SET_UP, WITH_DEPS, PLAYWRIGHT]),
+        (1000, {"apt-get": 0, "sudo": 1, "python": 0},
+         [f"sudo -n {UPDATE}", SET_UP, "sudo -n true", PLAYWRIGHT]),
+    ],
+    ids=["there", "root", "no-package", "out-of-reach", "not-root"],
+)  # fmt: skip
+def test_ci_gets_a_browser_where_none_is(
+    user: int, answers: dict[str, int], calls: list[str], tmp_path: Path
+) -> None:
+    """Each command writes down how it is called, and ends with the code that is given."""
+    shell, log = shutil.which("bash"), tmp_path / "log"
+    programs, python = tmp_path / "bin", tmp_path / ".venv" / "bin" / "python"
+    for folder in (programs, python.parent, tmp_path / ".ci"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    for name in ("dirname", "env"):
+        (programs / name).symlink_to(shutil.which(name) or "")
+    scripts = {
+        name: f"echo {name} $* >> {log}\nexit {code}"
+        for name, code in {"make": 0, "python3": 0, **answers}.items()
+    }
+    for name, script in {"id": f"echo {user}", **scripts}.items():
+        path = python if name == "python" else programs / name
+        path.write_text(f"#!{shell}\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    command = [str(shell), str(tmp_path / ".ci" / "run")]
+    result = subprocess.run(command, env={"PATH": str(programs)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert log.read_text(encoding="utf-8").splitlines() == [*calls, "make test"]
+    assert ("pages cannot be tested" in result.stderr) == (answers.get("python") == 1)
+
+
 def test_workflows_use_the_same_commands_and_the_oldest_python() -> None:
     oldest = PROJECT["requires-python"].removeprefix(">=")
     commands = {"tests.yml": "python make.py test", "pages.yml": "make book"}
@@ -271,6 +320,26 @@ def test_installation_is_repeated_only_for_new_requirements(
 
 REPORT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10">
 </testsuite></testsuites>"""
+SKIPS = """<testsuites><testsuite name="pytest" errors="0" failures="0" skipped="3" tests="4">
+<testcase><skipped type="pytest.skip" message="no browser; get one">where</skipped></testcase>
+<testcase><skipped type="pytest.skip" message="no browser; get one">where</skipped></testcase>
+<testcase><skipped type="pytest.skip" message="minutes">where</skipped></testcase><testcase/>
+</testsuite></testsuites>"""
+
+
+def test_the_last_line_says_what_was_skipped_and_how_to_get_it(tmp_path: Path) -> None:
+    pages, unit, none = (tmp_path / f"{name}.xml" for name in ("pages", "unit", "none"))
+    assert make.summary({"page": none}) == []
+    pages.write_text(SKIPS, encoding="utf-8")
+    unit.write_text(SKIPS.replace("no browser", "no data"), encoding="utf-8")
+    assert make.summary({"page": pages, "unit": unit, "notebook": none}) == [
+        "2 passed, 0 failed, 6 skipped",
+        "1 page test was skipped: minutes | 1 unit test was skipped: minutes | "
+        "2 page tests were skipped: no browser; get one | "
+        "2 unit tests were skipped: no data; get one",
+    ]
+    pages.write_text('<testsuite tests="2" skipped="0"/>', encoding="utf-8")
+    assert make.summary({"page": pages}) == ["2 passed, 0 failed, 0 skipped"]
 
 
 def test_stages_stop_at_the_first_failure_and_the_sum_comes_last(
@@ -300,11 +369,14 @@ def test_stages_stop_at_the_first_failure_and_the_sum_comes_last(
 # --- notebooks ------------------------------------------------------------------------------------
 
 
+NUMBERS = itertools.count()
+
+
 def cell(source: str, count: int | None = None, **other: Any) -> dict[str, Any]:
     return {
         "cell_type": "code",
         "execution_count": count,
-        "id": f"cell-{count}",
+        "id": f"cell-{next(NUMBERS)}",
         "metadata": {},
         "outputs": [],
         "source": source,
@@ -312,14 +384,14 @@ def cell(source: str, count: int | None = None, **other: Any) -> dict[str, Any]:
     }
 
 
-def notebook(*cells: dict[str, Any]) -> dict[str, Any]:
-    spec = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {
+def notebook(*cells: dict[str, Any]) -> nbformat.NotebookNode:
+    content = {
         "cells": list(cells),
-        "metadata": {"kernelspec": spec},
+        "metadata": tools.METADATA,
         "nbformat": 4,
         "nbformat_minor": 5,
     }
+    return nbformat.from_dict(copy.deepcopy(content))
 
 
 def stream(text: str) -> dict[str, Any]:
@@ -332,12 +404,12 @@ ALT = {"mystnb": {"image": {"alt": "a line that rises"}}}
 
 
 def test_committed_notebooks_are_as_make_notebooks_writes_them() -> None:
-    paths = make.notebooks(ROOT / "book")
+    paths = tools.notebooks(ROOT / "book")
     assert paths
     for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        assert make.faults(content) == [], path.name
-        assert make.normalise(copy.deepcopy(content)) == content, path.name
+        content = tools.read(path)
+        assert tools.faults(content) == [], path.name
+        assert nbformat.writes(content) + "\n" == path.read_text(encoding="utf-8"), path.name
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
@@ -358,18 +430,19 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     [
         (notebook(cell("1", 1), cell("2", None)), "not executed once each, in order"),
         (notebook(cell("1", 2), cell("2", 1)), "not executed once each, in order"),
-        (notebook(cell("1", 1, metadata={"execution": {}})), "execution times"),
+        (notebook(cell("1", 1, metadata={"execution": {}})), "metadata of an editor or a machine"),
         (notebook(cell("1", 1, outputs=[ERROR])), "stored error KeyError"),
         (notebook(cell("1", 1, outputs=[stream("in /some/folder/of/mine.py")])), "a path"),
         (notebook(cell("1", 1, outputs=[stream(r"in C:\Users\me\x.py")])), "a path"),
         (notebook(cell("1", 1, outputs=[PICTURE])), "no alt text"),
         (notebook(cell("1", 1, outputs=[stream("x" * 1_600_000)])), "1.6 MB"),
-        ({**notebook(cell("1", 1)), "metadata": {}}, "kernelspec"),
+        (nbformat.from_dict({**notebook(cell("1", 1)), "metadata": {}}), "metadata"),
+        (notebook({**cell("1", 1), "cell_type": "sketch"}), "no valid notebook"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_faults_of_a_notebook_are_found(bad: dict[str, Any], expected: str) -> None:
-    (fault,) = make.faults(bad)
+def test_faults_of_a_notebook_are_found(bad: nbformat.NotebookNode, expected: str) -> None:
+    (fault,) = tools.faults(bad)
     assert expected in fault
 
 
@@ -383,34 +456,51 @@ def test_a_good_notebook_has_no_faults() -> None:
         cell("figure", 2, outputs=[PICTURE], metadata=ALT),
         cell("wrong", 3, outputs=[ERROR], metadata=raising),
     )
-    assert make.faults(good) == []
+    assert tools.faults(good) == []
 
 
-def run_notebook(path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "make.py"), "_execute", str(path), "chapter.ipynb"]
+def run_tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(make.NOTEBOOKS), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=make.environment(1))
+
+
+def test_what_may_not_be_committed_is_named_with_its_file(tmp_path: Path) -> None:
+    nbformat.write(notebook(cell("1", 1)), tmp_path / "good.ipynb")
+    assert run_tool("check", tmp_path).returncode == 0
+    nbformat.write(notebook(cell("1", 3)), tmp_path / "bad.ipynb")
+    result = run_tool("check", tmp_path)
+    assert result.returncode == 1
+    first, second = result.stderr.splitlines()
+    assert "may not be committed" in first
+    assert "bad.ipynb: cells were not executed once each" in second
+    missing = run_tool("check", tmp_path / "chapter.ipynb")
+    assert missing.returncode == 2
+    assert "no notebook and no folder" in missing.stderr
 
 
 def test_execution_writes_a_normalised_notebook(tmp_path: Path) -> None:
     path = tmp_path / "chapter.ipynb"
     stale = cell("", 7, outputs=[stream("old")], metadata={"ExecuteTime": {}})
     path.write_text(json.dumps(notebook(cell("x = 6", 4), stale, cell("print(x * 7)"))), "utf-8")
-    result = run_notebook(path)
+    result = run_tool("execute", path)
     assert result.returncode == 0, result.stderr
+    assert tools.faults(tools.read(path)) == []
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert make.faults(written) == []
     assert [entry["execution_count"] for entry in written["cells"]] == [1, None, 2]
     assert written["cells"][1]["outputs"] == []
     assert "".join(written["cells"][2]["outputs"][0]["text"]) == "42\n"
     assert "version" not in written["metadata"]["language_info"]
 
 
-def test_a_failing_cell_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_failing_cell_is_named_and_nothing_is_written(tmp_path: Path, whole_folder: bool) -> None:
     path = tmp_path / "chapter.ipynb"
     content = json.dumps(notebook(cell("1"), cell("{}['missing']"), cell("2")))
     path.write_text(content, encoding="utf-8")
-    result = run_notebook(path)
+    nbformat.write(notebook(cell("1")), tmp_path / "other.ipynb")
+    result = run_tool("execute", tmp_path if whole_folder else path)
     assert result.returncode == 1
+    assert ("executed other.ipynb in" in result.stdout) == whole_folder
     assert "chapter.ipynb, code cell 2 of 3 failed" in result.stderr
     assert "KeyError: 'missing'" in result.stderr
     assert path.read_text(encoding="utf-8") == content
@@ -551,8 +641,9 @@ def test_readme_script_runs_from_the_wheel(elsewhere: tuple[Path, Path], tmp_pat
 def test_import_leaves_out_what_it_does_not_need(tmp_path: Path) -> None:
     script = (
         "import sys, unified_edit\n"
-        "unneeded = {'matplotlib', 'seaborn', 'pandas', 'peft', 'datasets'}\n"
-        "print(*(unneeded | {'unified_edit.teaching.exercises'}) & sys.modules.keys())"
+        "unneeded = {'torch', 'transformers', 'numpy', 'pandas', 'matplotlib', 'seaborn'}\n"
+        "unneeded |= {'peft', 'datasets', 'unified_edit.teaching.exercises'}\n"
+        "print(*unneeded & sys.modules.keys())"
     )
     command = [sys.executable, "-c", script]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

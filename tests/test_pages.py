@@ -41,25 +41,7 @@ AXE = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 SCREEN = {"width": 1280, "height": 900}
 PHONE = {"width": 390, "height": 844}
 SECONDS = 60_000  # ms that one page may take on a slow machine
-
-
-def kinds(path: Path) -> tuple[bool, ...]:
-    """Of a page: has it a slider, is it a chapter, an article, one that is shown?"""
-    chapter = (BOOK / path.name).with_suffix(".ipynb").exists()
-    slider = 'class="ue-slider"' in path.read_text(encoding="utf-8")
-    return slider, chapter, path.name != "search.html", path.name != "index.html"
-
-
-#: Each kind is a part of the next one, and in this order its beginning: so pytest gives a page the
-#: same number in the tests of every kind, and runs all tests of it before the next page is opened.
-#: Among its like the largest comes first, for two processes to end together.
-ORDER = sorted(
-    ((kinds(path), path.stat().st_size, path.name) for path in FOLDER.glob("*.html")), reverse=True
-)
-PAGES = [name for _, _, name in ORDER]
-SLIDERS, CHAPTERS, ARTICLES, SHOWN = (
-    [name for of, _, name in ORDER if of[kind]] for kind in range(4)
-)
+PAGES = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.glob("*.html"))
 
 
 def stale() -> str | None:
@@ -94,12 +76,6 @@ def rendered() -> None:
 
 def test_there_are_pages() -> None:
     assert "index.html" in PAGES
-
-
-def on_each(argument: str, names: list[str], indirect: bool = False) -> pytest.MarkDecorator:
-    """A test of each page; all tests of a page run in one process."""
-    pages = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-    return pytest.mark.parametrize(argument, pages, indirect=indirect)
 
 
 # --- what is in the files -------------------------------------------------------------------------
@@ -155,7 +131,7 @@ def dead(page: Path, target: str) -> str | None:
     return None
 
 
-@on_each("name", PAGES)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     page = FOLDER / name
     found = anchors(page)
@@ -231,10 +207,10 @@ def tab(browser: Any) -> Visit:
     return Visit(browser)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def shown(tab: Visit, request: pytest.FixtureRequest) -> Visit:
-    """A page of the book; it is opened once for all tests of it, which run in the order below."""
-    tab.open(request.param)
+    """The page of a class of tests, opened once for all of them."""
+    tab.open(request.cls.page)
     return tab
 
 
@@ -244,16 +220,6 @@ def alone(browser: Any) -> Iterator[Visit]:
     here = Visit(browser)
     yield here
     here.page.context.close()
-
-
-on_each_page = on_each("shown", SHOWN, indirect=True)
-
-
-@on_each_page
-def test_a_page_opens_without_a_network_and_without_a_complaint(shown: Visit) -> None:
-    assert shown.requests == []
-    assert shown.complaints == []
-    assert shown.page.title()
 
 
 RAW = r"""() => {
@@ -268,79 +234,6 @@ RAW = r"""() => {
   }
   return found;
 }"""
-
-
-@on_each_page
-def test_every_equation_is_set(shown: Visit) -> None:
-    bare = shown.page.eval_on_selector_all(
-        ".math",
-        "all => all.filter(e => !e.querySelector('mjx-container') && !e.closest('mjx-container'))"
-        ".map(e => e.textContent.slice(0, 80))",
-    )
-    assert bare == []
-    wrong = shown.page.eval_on_selector_all(
-        # An unknown command is no error to MathJax: it shows its name in red.
-        "mjx-merror, mjx-container [data-mjx-error], mjx-mtext[style*='red']",
-        "all => all.map(e => e.closest('mjx-container').querySelector('mjx-assistive-mml')"
-        "?.textContent ?? e.textContent)",
-    )
-    assert wrong == []
-    assert shown.page.evaluate(RAW) == []
-
-
-@on_each_page
-def test_every_image_is_there_and_has_a_text_of_its_own(shown: Visit) -> None:
-    images = shown.page.eval_on_selector_all(
-        "img", "all => all.map(e => [e.getAttribute('src'), e.alt, e.naturalWidth])"
-    )
-    for source, text, width in images:
-        assert width > 0, f"{source} cannot be shown"
-        name = Path(source).name
-        assert text.strip(), f"{name} has no alt text"
-        assert not text.startswith("_images") and name not in text, f"{name}: alt text is its name"
-
-
-@on_each("shown", ARTICLES, indirect=True)
-def test_there_is_one_first_heading(shown: Visit) -> None:
-    headings = shown.page.eval_on_selector_all(
-        ".bd-article h1", "all => all.map(e => e.textContent)"
-    )
-    assert len(headings) == 1
-
-
-@on_each("shown", CHAPTERS, indirect=True)
-def test_a_chapter_can_be_taken_along_and_says_how_it_was_run(shown: Visit) -> None:
-    links = shown.page.eval_on_selector_all(
-        "header a, .bd-header-article a", "a => a.map(e => e.href)"
-    )
-    notebook = Path(urlsplit(shown.page.url).path).stem
-    for place in ("colab.research.google.com", "mybinder.org", f"_sources/{notebook}.ipynb"):
-        assert [link for link in links if place in link], place
-    line = shown.page.text_content(".executed-with")
-    assert line.startswith("Executed on ")
-    for name in ("Python", "torch", "transformers", "unified_edit"):
-        assert f"{name} " in line
-
-
-@on_each("shown", SLIDERS, indirect=True)
-def test_a_slider_shows_the_picture_of_its_state(shown: Visit) -> None:
-    boxes = shown.page.locator(".ue-slider")
-    for place in range(boxes.count()):
-        box = boxes.nth(place)
-        handle, pictures = box.locator("input"), box.locator("img")
-        last = pictures.count() - 1
-        for key, state in (("Home", 0), ("ArrowRight", 1), ("End", last)):
-            handle.press(key)
-            seen = [pictures.nth(index).is_visible() for index in range(last + 1)]
-            assert seen == [index == state for index in range(last + 1)]
-            name = pictures.nth(state).get_attribute("data-state")
-            assert box.locator("output").text_content() == name
-            assert handle.get_attribute("aria-valuetext") == name
-    shown.page.emulate_media(media="print")
-    assert not any(boxes.nth(place).is_visible() for place in range(boxes.count()))
-    shown.page.emulate_media(media="screen")
-
-
 UNFOLD = """async () => {
   for (const title of document.querySelectorAll('details:not([open]) > summary')) title.click();
   for (const title of document.querySelectorAll('.toggle-hidden > .admonition-title')) {
@@ -357,7 +250,7 @@ UNFOLD = """async () => {
 #: Measuring the contrast of one text takes axe a millisecond or more, and a chapter has thousands,
 #: nearly all of them tokens of code. So texts that look the same are measured once: those of one
 #: kind of element, in one colour, size and weight, over the same backgrounds.
-MARK_THE_SAME = """() => {
+MARK_LOOKS = """() => {
   const plain = 'rgba(0, 0, 0, 0) none 1 static auto none normal';
   const below = new Map([[null, '']]);
   const painted = e => {
@@ -371,21 +264,18 @@ MARK_THE_SAME = """() => {
   };
   const seen = new Set();
   for (const e of document.body.querySelectorAll('*')) {
-    e.removeAttribute('data-looks-the-same');
-    if (![...e.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.data.trim())) {
-      continue;
-    }
+    e.removeAttribute('data-first-of-its-look');
+    const text = [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.trim());
+    if (!text && !e.matches('input, select, textarea')) continue;
     const s = getComputedStyle(e);
     const look = [e.tagName, e.getAttribute('class'), s.color, s.fontSize, s.fontWeight,
                   s.textShadow, s.visibility, painted(e)].join(';');
-    if (seen.has(look)) e.setAttribute('data-looks-the-same', '');
+    if (!seen.has(look)) e.setAttribute('data-first-of-its-look', '');
     seen.add(look);
   }
 }"""
 CHECK = """async rules => {
-  axe.configure({
-    rules: [{id: 'color-contrast', selector: '*:not([data-looks-the-same])'}],
-  });
+  axe.configure({rules: [{id: 'color-contrast', selector: '[data-first-of-its-look]'}]});
   const result = await axe.run(document, {
     preload: false,
     resultTypes: ['violations'],
@@ -402,32 +292,15 @@ ALL_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"]
 def serious_findings(page: Any, rules: list[str]) -> list[str]:
     """What axe finds with everything unfolded."""
     page.evaluate(UNFOLD)
-    page.evaluate(MARK_THE_SAME)
+    page.evaluate(MARK_LOOKS)
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE)
     found: list[str] = page.evaluate(CHECK, rules)
     return found
 
 
-@on_each_page
-def test_axe_finds_nothing_serious_in_light(shown: Visit) -> None:
-    assert shown.page.evaluate("document.documentElement.dataset.theme") == "light"
-    assert serious_findings(shown.page, ALL_RULES) == []
-
-
 DARK = "document.documentElement.dataset.theme === 'dark'"
 STILL = "() => document.getAnimations().forEach(a => a instanceof CSSTransition && a.finish())"
-
-
-@on_each_page
-def test_axe_finds_nothing_serious_in_dark(shown: Visit) -> None:
-    """Colours only: the rest of the page is the same."""
-    shown.page.emulate_media(color_scheme="dark")
-    shown.page.wait_for_function(DARK)
-    shown.page.evaluate(STILL)
-    assert serious_findings(shown.page, ["color-contrast"]) == []
-
-
 WIDE = """width => {
   const found = [];
   for (const e of document.querySelectorAll('main *')) {
@@ -441,17 +314,139 @@ WIDE = """width => {
 DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
-@on_each_page
-def test_nothing_is_wider_than_a_phone(shown: Visit) -> None:
-    """Last of a page's tests: it changes the size of the window."""
-    shown.page.evaluate(UNFOLD)
-    shown.page.set_viewport_size(PHONE)
-    shown.page.wait_for_function("width => innerWidth === width", arg=PHONE["width"])
-    shown.page.evaluate(DRAWN)
-    width = shown.page.evaluate(
-        "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
-    )
-    assert width <= PHONE["width"], shown.page.evaluate(WIDE, PHONE["width"])
+class Shown:
+    """Tests of every page that is shown. They run in this order, on one visit.
+
+    What a page goes through here (unfolded, dark, narrow) comes last.
+    """
+
+    page = ""
+
+    def test_a_page_opens_without_a_network_and_without_a_complaint(self, shown: Visit) -> None:
+        assert shown.requests == []
+        assert shown.complaints == []
+        assert shown.page.title()
+
+    def test_every_equation_is_set(self, shown: Visit) -> None:
+        bare = shown.page.eval_on_selector_all(
+            ".math",
+            "all => all.filter(e => !e.querySelector('mjx-container'))"
+            ".filter(e => !e.closest('mjx-container')).map(e => e.textContent.slice(0, 80))",
+        )
+        assert bare == []
+        wrong = shown.page.eval_on_selector_all(
+            # An unknown command is no error to MathJax: it shows its name in red.
+            "mjx-merror, mjx-container [data-mjx-error], mjx-mtext[style*='red']",
+            "all => all.map(e => e.closest('mjx-container').querySelector('mjx-assistive-mml')"
+            "?.textContent ?? e.textContent)",
+        )
+        assert wrong == []
+        assert shown.page.evaluate(RAW) == []
+
+    def test_every_image_is_there_and_has_a_text_of_its_own(self, shown: Visit) -> None:
+        images = shown.page.eval_on_selector_all(
+            "img", "all => all.map(e => [e.getAttribute('src'), e.alt, e.naturalWidth])"
+        )
+        for source, text, width in images:
+            assert width > 0, f"{source} cannot be shown"
+            name = Path(source).name
+            assert text.strip(), f"{name} has no alt text"
+            assert not text.startswith("_images") and name not in text, (
+                f"{name}: alt text is its name"
+            )
+
+    def test_axe_finds_nothing_serious_in_light(self, shown: Visit) -> None:
+        assert shown.page.evaluate("document.documentElement.dataset.theme") == "light"
+        assert serious_findings(shown.page, ALL_RULES) == []
+
+    def test_axe_finds_nothing_serious_in_dark(self, shown: Visit) -> None:
+        """Colours only: the rest of the page is the same."""
+        shown.page.emulate_media(color_scheme="dark")
+        shown.page.wait_for_function(DARK)
+        shown.page.evaluate(STILL)
+        assert serious_findings(shown.page, ["color-contrast"]) == []
+
+    def test_nothing_is_wider_than_a_phone(self, shown: Visit) -> None:
+        """Last of a page's tests: it changes the size of the window."""
+        shown.page.evaluate(UNFOLD)
+        shown.page.set_viewport_size(PHONE)
+        shown.page.wait_for_function("width => innerWidth === width", arg=PHONE["width"])
+        shown.page.evaluate(DRAWN)
+        width = shown.page.evaluate(
+            "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
+        )
+        assert width <= PHONE["width"], shown.page.evaluate(WIDE, PHONE["width"])
+
+
+class Article(Shown):
+    """Tests of what is read; the heading of the page of searches is made by the theme."""
+
+    def test_there_is_one_first_heading(self, shown: Visit) -> None:
+        headings = shown.page.eval_on_selector_all(
+            ".bd-article h1", "all => all.map(e => e.textContent)"
+        )
+        assert len(headings) == 1
+
+
+class Chapter(Article):
+    """Tests of pages that come from a notebook."""
+
+    def test_a_chapter_can_be_taken_along_and_says_how_it_was_run(self, shown: Visit) -> None:
+        links = shown.page.eval_on_selector_all(
+            "header a, .bd-header-article a", "a => a.map(e => e.href)"
+        )
+        notebook = Path(urlsplit(shown.page.url).path).stem
+        for place in ("colab.research.google.com", "mybinder.org", f"_sources/{notebook}.ipynb"):
+            assert [link for link in links if place in link], place
+        line = shown.page.text_content(".executed-with")
+        assert line.startswith("Executed on ")
+        for name in ("Python", "torch", "transformers", "unified_edit"):
+            assert f"{name} " in line
+
+
+class WithSlider(Chapter):
+    """Tests of chapters with a slider."""
+
+    def test_a_slider_shows_the_picture_of_its_state(self, shown: Visit) -> None:
+        boxes = shown.page.locator(".ue-slider")
+        for place in range(boxes.count()):
+            box = boxes.nth(place)
+            handle, pictures = box.locator("input"), box.locator("img")
+            last = pictures.count() - 1
+            for key, state in (("Home", 0), ("ArrowRight", 1), ("End", last)):
+                handle.press(key)
+                seen = [pictures.nth(index).is_visible() for index in range(last + 1)]
+                assert seen == [index == state for index in range(last + 1)]
+                name = pictures.nth(state).get_attribute("data-state")
+                assert box.locator("output").text_content() == name
+                assert handle.get_attribute("aria-valuetext") == name
+        shown.page.emulate_media(media="print")
+        assert not any(boxes.nth(place).is_visible() for place in range(boxes.count()))
+        shown.page.emulate_media(media="screen")
+
+
+def kind(name: str) -> type[Shown]:
+    """The tests that a page has to pass."""
+    path = FOLDER / name
+    if 'class="ue-slider"' in path.read_text(encoding="utf-8"):
+        return WithSlider
+    if (BOOK / name).with_suffix(".ipynb").exists():
+        return Chapter
+    return Shown if name == "search.html" else Article
+
+
+def by_page() -> Iterator[tuple[str, type[Shown]]]:
+    """A class for each page that is shown, the largest first, which takes longest.
+
+    pytest-xdist gives a class to one process as a whole, so no page is opened by two of them.
+    """
+    for name in sorted(PAGES, key=lambda name: -(FOLDER / name).stat().st_size):
+        if name != "index.html":
+            title = "Test_" + name.removesuffix(".html")
+            yield title, type(title, (kind(name),), {"page": name, "__doc__": f"Tests of {name}."})
+
+
+globals().update(by_page())
 
 
 # --- pages of their own kind ----------------------------------------------------------------------

@@ -67,38 +67,7 @@ _MODULES = {
     "sliders": "teaching.sliders",
 }
 
-__all__ = [
-    "EMMET",
-    "EMMET_RELEASED",
-    "MEMIT",
-    "METHODS",
-    "ROME",
-    "Contexts",
-    "Edit",
-    "Editor",
-    "Fact",
-    "KeyStatistics",
-    "Method",
-    "Probe",
-    "Record",
-    "UnifiedEditError",
-    "ask",
-    "compare",
-    "edit",
-    "errors",
-    "evaluate",
-    "evaluate_edits",
-    "exercises",
-    "figures",
-    "load_model",
-    "load_records",
-    "locate",
-    "objective",
-    "optimise_values",
-    "read_facts",
-    "read_records",
-    "sliders",
-]
+__all__ = sorted([*_FLOOR_OF, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:

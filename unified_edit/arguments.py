@@ -6,8 +6,9 @@ import contextlib
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from unified_edit.errors import UnifiedEditError, brief
 
@@ -106,3 +107,12 @@ def as_path(
         return Path(text).expanduser()
     except (RuntimeError, UnicodeEncodeError) as problem:
         raise error(f"{name} is {brief(value)}: {problem}; write the path out") from problem
+
+
+def as_list(value: Any) -> list[Any]:
+    """`value` as a list: the entries of a list of any kind, or a single thing alone.
+
+    A text is a single thing, and so is an array of no dimension.
+    """
+    single = isinstance(value, (str, bytes)) or getattr(value, "ndim", 1) == 0
+    return list(value) if isinstance(value, Iterable) and not single else [value]

@@ -7,24 +7,22 @@ reference shows become links.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
+
+from unified_edit import errors
 
 REFERENCE = Path(__file__).resolve().parents[1] / "api.md"
 SHOWN = re.compile(r"^\.\. auto\w+:: (unified_edit[\w.]*)", re.MULTILINE)
 
 #: Classes that the library makes and a reader does not: how is of no interest.
-MADE = (
-    "unified_edit.Edit",
-    "unified_edit.KeyStatistics",
-    "unified_edit.models.Anatomy",
-    "unified_edit.tracing.Trace",
-    "unified_edit.tracing.TracedFact",
-)
+MADE = {"Anatomy", "Edit", "KeyStatistics", "Trace", "TracedFact"}
 
 ITEM = re.compile(r"^(?P<indent> *)(?:- )?(?P<names>[\w*]+(?:, [\w*]+)*): (?P<text>\S.*)$")
 MARK = re.compile(r"(?::\w+)?(?::\w+:)?``?[^`]+``?")
@@ -34,18 +32,14 @@ NAME = re.compile(r"`(?P<name>[\w.]+)`")
 
 def targets() -> dict[str, str]:
     """Name in a docstring -> full name, for all that the reference shows."""
-    found = {name: f"unified_edit.errors.{name}" for name in ERROR.findall(_errors())}
-    for full in SHOWN.findall(REFERENCE.read_text(encoding="utf-8")):
-        found[full] = full
-        found[full.rpartition(".")[2]] = full
-    return found
+    names = [f"{errors.__name__}.{name}" for name in vars(errors) if ERROR.fullmatch(name)]
+    names += shown()
+    return {**{name: name for name in names}, **{name.rpartition(".")[2]: name for name in names}}
 
 
-def _errors() -> str:
-    """The source of the classes of errors; the reference shows them all."""
-    path = REFERENCE.parents[1] / "unified_edit" / "errors.py"
-    source = path.read_text(encoding="utf-8")
-    return " ".join(re.findall(r"^class (\w+)", source, re.MULTILINE))
+def shown() -> list[str]:
+    """Full names that the reference shows, as it writes them."""
+    return SHOWN.findall(REFERENCE.read_text(encoding="utf-8"))
 
 
 def inline(text: str, links: dict[str, str]) -> str:
@@ -143,15 +137,31 @@ def sign(
     app: Sphinx, what: str, name: str, obj: object, options: object, arguments: str, result: str
 ) -> tuple[str, str] | None:
     """Called by autodoc for each signature; None leaves it as it is."""
-    if name in MADE:
+    if inspect.isclass(obj) and obj.__name__ in MADE:
         return "", ""
     # How a dataclass shows a default that is made anew for each object is no Python.
     return (arguments.replace("<factory>", "..."), result) if arguments else None
 
 
+def set_reference(app: Sphinx, config: Config) -> None:
+    """How the library's docstrings are shown, and which names in signatures need no page."""
+    config.html_domain_indices = config.html_use_index = False  # one page, and a search
+    config.autodoc_member_order = "bysource"
+    config.autodoc_typehints_format = "short"
+    config.autodoc_preserve_defaults = True  # EMMET, and not all of its fields
+    # Types of other libraries (their own pages cannot be looked up without a network), and those
+    # of this one that users meet in signatures only, wherever they are defined.
+    public = "|".join(re.escape(name.rpartition(".")[2]) for name in shown())
+    config.nitpick_ignore_regex = [
+        ("py:.*", r"(?!unified_edit\.).*"),
+        ("py:class", rf"unified_edit\.(?:\w+\.)*(?!(?:{public})$)\w+"),
+    ]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Entry point that Sphinx calls."""
     app.setup_extension("sphinx.ext.autodoc")
+    app.connect("config-inited", set_reference)
     app.connect("autodoc-process-docstring", convert)
     app.connect("autodoc-process-signature", sign)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

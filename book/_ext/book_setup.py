@@ -50,25 +50,10 @@ def mend_page(
     ]
 
 
-def set_reference(app: Sphinx, config: Config) -> None:
-    """How the library's docstrings are shown, and which names in signatures need no page."""
-    config.html_domain_indices = config.html_use_index = False  # one page, and a search
-    config.autodoc_member_order = "bysource"
-    config.autodoc_typehints_format = "short"
-    config.autodoc_preserve_defaults = True  # EMMET, and not all of its fields
-    # Types of other libraries (their own pages cannot be looked up without a network), and those
-    # of this one that users meet in signatures only.
-    config.nitpick_ignore_regex = [
-        ("py:.*", r"(?!unified_edit\.).*"),
-        ("py:.*", r"unified_edit\.(models\.(Family|Tokenizer)|activations\.Name|.*\._.*)"),
-    ]
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     """Entry point that Sphinx calls."""
     for extension in OTHERS:
         app.setup_extension(extension)
-    app.connect("config-inited", set_reference)
     app.connect("html-page-context", mend_page, priority=900)
     app.connect("config-inited", set_theme)
     app.connect("config-inited", leave_mathjax_alone)

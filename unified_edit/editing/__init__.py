@@ -28,36 +28,9 @@ from unified_edit.editing.spreading import SPREADS, shares
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.editing.values_cache import values_for
 
-__all__ = [
-    "DEFAULTS",
-    "EMMET",
-    "EMMET_RELEASED",
-    "KEY_MEANS",
-    "MEMIT",
-    "METHODS",
-    "PRESERVATIONS",
-    "ROME",
-    "SETTINGS",
-    "SITES",
-    "SPREADS",
-    "Choice",
-    "Contexts",
-    "Edit",
-    "Editor",
-    "Method",
-    "Outcome",
-    "Plan",
-    "Provenance",
-    "Touched",
-    "Values",
-    "compute_keys",
-    "compute_values",
-    "context_weights",
-    "edit",
-    "load_model",
-    "optimise_values",
-    "read_values",
-    "sample_prefixes",
-    "shares",
-    "values_for",
-]
+__all__ = (
+    "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEMIT METHODS PRESERVATIONS ROME SETTINGS SITES "
+    "SPREADS Choice Contexts Edit Editor Method Outcome Plan Provenance Touched Values "
+    "compute_keys compute_values context_weights edit load_model optimise_values read_values "
+    "sample_prefixes shares values_for"
+).split()

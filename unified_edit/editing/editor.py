@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.methods import EMMET, Method
-from unified_edit.editing.plans import Plan, check_value_is_read, checked_values
+from unified_edit.editing.plans import Plan, check_room, check_value_is_read, checked_values
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
 from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched, merged
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.editing.writing import Written, not_taken, outcomes_of, write
 from unified_edit.errors import MethodError, NullSpaceError, StatisticsError
 from unified_edit.facts import Fact, check_batch, check_items
-from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer
+from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer, anatomy
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import Ledger, ledger_of
@@ -68,7 +68,7 @@ class Editor:
 
     @property
     def parts(self) -> Anatomy:
-        """Its parts; ModelError if it cannot be edited any more."""
+        """Its parts; EditError if nobody has kept it."""
         return self.ledger.parts
 
     @property
@@ -115,15 +115,17 @@ class Editor:
             raise MethodError(
                 f"method is a {type(method).__name__}; give a Method such as unified_edit.EMMET"
             )
-        parts = self.parts
+        parts = anatomy(self.model)  # once a call: something may have wrapped or compiled it
         resolved = method.resolve(parts)
         assert resolved.layers is not None
         self.ledger.verify()
         state = self.ledger.state()  # looks for NaN too, where the weights are new
         check_value_is_read(parts, items, resolved)
+        weights = tuple(parts.weight(layer) for layer in resolved.layers)
+        if batch and not resolved.sequential:
+            check_room(resolved, items, weights)
         encoder = Encoder(self.tokenizer, parts)
         rows = encoder.fact_rows(items, self.prefixes(resolved.contexts, seed))
-        weights = tuple(parts.weight(layer) for layer in resolved.layers)
         return Plan(resolved, rows, weights, state)
 
     def edit(

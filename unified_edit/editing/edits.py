@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import as_path
+from unified_edit.arguments import as_path, whole_number
 from unified_edit.editing.methods import Method
 from unified_edit.editing.provenance import (
     Outcome,
@@ -78,8 +78,9 @@ class Edit:
 
     def delta(self, where: int | str) -> Tensor:
         """Delta of a layer, or of a weight by name: (d_out x d_in, float64)."""
-        name = self.names.get(where) if isinstance(where, int) else where
-        if name not in self.updates:
+        of_layer = not isinstance(where, str)
+        name = self.names.get(whole_number(where, "a layer", EditError)) if of_layer else where
+        if name is None or name not in self.updates:
             raise EditError(
                 f"this edit does not touch {where!r}, only layers {self.layers}: "
                 f"{', '.join(self.updates)}"

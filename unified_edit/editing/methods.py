@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import is_flag, real_number, whole_number
+from unified_edit.arguments import as_list, is_flag, real_number, whole_number
 from unified_edit.editing.choices import Choice, chosen, remembered
 from unified_edit.editing.keys import KEY_MEANS, SITES
 from unified_edit.editing.prefixes import Contexts
@@ -38,7 +38,7 @@ CHOICES: Mapping[str, Mapping[str, Choice]] = {
 
 #: Bounds of the fields that are numbers; None is left to `Method.resolve`.
 _WHOLE = {"steps": 1, "ridge_from": 1}
-_REAL: dict[str, dict[str, float]] = {
+_REAL: dict[str, dict[str, Any]] = {
     "ridge": {"least": 0},
     "weight_decay": {"least": 0},
     "kl_weight": {"least": 0},
@@ -100,14 +100,17 @@ class Method:
     weight_decay: float | None = None
     clamp: float | None = None
     stop_loss: float | None = None
-    infeasible: str = "raise"
+    infeasible: Literal["raise", "least_violation"] = "raise"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise MethodError(f"a method's name is {brief(self.name)}; give a text")
         made: dict[str, Any] = {}
         if self.layers is not None:
-            made["layers"] = _layers(self.name, self.layers)
+            made["layers"] = tuple(
+                whole_number(layer, f"{self.name}: a layer of layers", MethodError)
+                for layer in as_list(self.layers)
+            )
         for field, least in _WHOLE.items():
             if (value := getattr(self, field)) is not None or field == "ridge_from":
                 made[field] = whole_number(value, f"{self.name}: {field}", MethodError, least=least)
@@ -154,7 +157,7 @@ class Method:
         the model.
         """
         parts = model if isinstance(model, Anatomy) else anatomy(model)
-        kind, width = parts.model.config.model_type, parts.embeddings.shape[1]
+        kind, width = parts.model.config.model_type, parts.width
         published = SETTINGS.get((kind, parts.n_layers, width), {})
         known = {**DEFAULTS, **published.get(self.preset or "", {})}
         missing = [
@@ -188,16 +191,6 @@ class Method:
         for field, known in CHOICES.items():
             values[field] = remembered(values[field], known, field)
         return cls(**values)
-
-
-def _layers(name: str, given: object) -> tuple[int, ...]:
-    """Layers as a tuple of ints; a single one may be given alone."""
-    several = isinstance(given, (tuple, list, range)) or getattr(given, "ndim", 0) > 0
-    each = tuple(given) if several else (given,)  # type: ignore[call-overload]
-    advice = "Layers are a number or a list of numbers"
-    return tuple(
-        whole_number(layer, f"{name}: a layer", MethodError, advice=advice) for layer in each
-    )
 
 
 #: ROME (arXiv 2202.05262) with one key throughout, as r-ROME (arXiv 2403.07175) asks for: equality

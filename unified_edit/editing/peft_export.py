@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,8 @@ def write_adapter(folder: Path, deltas: dict[str, Tensor], fan_in_fan_out: bool,
     (scaling 1), lora_B (d_out x r) and lora_A (r x d_in). `fan_in_fan_out` says that the weights
     are stored as (d_in x d_out), as `Conv1D` does. Full paths are given as targets because
     GPT-2's attention also has a module called c_proj.
+
+    Raises EditError for a folder that holds something already or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise EditError(f"{folder} is a file; give a new folder for the adapter")
@@ -44,14 +47,19 @@ def write_adapter(folder: Path, deltas: dict[str, Tensor], fan_in_fan_out: bool,
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        config.save_pretrained(temporary)
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()},
-            Path(temporary) / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        folder.mkdir(exist_ok=True)
-        for file in Path(temporary).iterdir():
-            file.replace(folder / file.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            config.save_pretrained(temporary)
+            save_file(
+                {name: value.contiguous() for name, value in tensors.items()},
+                Path(temporary) / "adapter_model.safetensors",
+                metadata={"format": "pt"},
+            )
+            folder.mkdir(exist_ok=True)
+            for file in Path(temporary).iterdir():
+                file.replace(folder / file.name)
+    except (OSError, SafetensorError) as problem:  # the latter is what it makes of a full disk
+        raise EditError(
+            f"{folder} cannot be written: {problem}. Give another place, or make room there"
+        ) from problem

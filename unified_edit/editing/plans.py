@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unified_edit.editing.methods import Method
 from unified_edit.editing.values import Values
-from unified_edit.errors import FactError, MethodError, SharedSubjectError
+from unified_edit.errors import FactError, InfeasibleError, MethodError, SharedSubjectError
 from unified_edit.facts import Fact, shared_subjects
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.prompts import FactRows
@@ -57,6 +57,17 @@ def check_value_is_read(parts: Anatomy, facts: Sequence[Fact], method: Method) -
             f"{method.name} sets values at layer {method.layers[-1]}, the last one: what stands "
             f"there at the subject of {after.text!r} is read by no later token, so it cannot make "
             f"the model say {after.target_new!r}. Edit an earlier layer: method.replace(layers=...)"
+        )
+
+
+def check_room(method: Method, facts: Sequence[Fact], weights: Sequence[NamedWeight]) -> None:
+    """What can be said of an equality batch without any key, before statistics are collected."""
+    d_k = min(weight.d_in for weight in weights)
+    if method.ridge_for(len(facts)) == 0 and method.infeasible == "raise" and len(facts) > d_k:
+        raise InfeasibleError(
+            f"{len(facts)} facts in one equality batch, but keys have only d_k = {d_k} "
+            "entries, so Delta K = R has no solution; use smaller batches, a ridge "
+            "(method.replace(ridge=...)), or infeasible='least_violation'"
         )
 
 

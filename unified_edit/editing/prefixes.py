@@ -7,13 +7,12 @@ specification and seed, without any edit, and kept with the edit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import whole_number
+from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import MethodError, ModelError, TokenizationError, brief
 from unified_edit.model.hooks import PLAIN_OUTPUT, quiet
 from unified_edit.model.prompts import Encoder
@@ -50,9 +49,9 @@ class Contexts:
                     f"Contexts: the prefix {wrong!r} is no text to stand before a prompt; the bare "
                     "prompt comes first by itself, and {} is not needed: 'It is said. '"
                 )
-        given: object = self.lengths
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise MethodError(f"Contexts: lengths is {brief(given)}; it must be a list of numbers")
+        given = as_list(self.lengths)
+        if not given:
+            raise MethodError("Contexts: lengths is empty; it must be a list of numbers")
         numbers = [
             whole_number(one, name, MethodError, least=1)
             for name, one in (
@@ -75,10 +74,10 @@ class Contexts:
 
 
 def _texts(values: object, field: str) -> tuple[str, ...]:
-    several = isinstance(values, Sequence) and not isinstance(values, str)
-    if not several or not values or not all(isinstance(text, str) for text in values):
+    texts = as_list(values)
+    if isinstance(values, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise MethodError(f"Contexts: {field} is {brief(values)}; it must be a list of texts")
-    return tuple(values)
+    return tuple(texts)
 
 
 def sample_prefixes(

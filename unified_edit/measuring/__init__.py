@@ -7,27 +7,11 @@ from unified_edit.measuring.record_sets import load_records
 from unified_edit.measuring.report import Report
 from unified_edit.measuring.scores import Score, harmonic_mean, summarise
 from unified_edit.measuring.traced_runs import Prompt, read_prompt
-from unified_edit.measuring.tracing import Average, Trace, TracedFact, locate, subject_sigma
+from unified_edit.measuring.traces import Average, Trace, TracedFact
+from unified_edit.measuring.tracing import locate, subject_sigma
 
-__all__ = [
-    "Average",
-    "Prompt",
-    "Question",
-    "Report",
-    "Score",
-    "Sheet",
-    "Trace",
-    "TracedFact",
-    "ask",
-    "compare",
-    "evaluate",
-    "evaluate_edits",
-    "figures",
-    "harmonic_mean",
-    "load_records",
-    "locate",
-    "read_prompt",
-    "subject_sigma",
-    "summarise",
-    "to_table",
-]
+__all__ = (
+    "Average Prompt Question Report Score Sheet Trace TracedFact ask compare evaluate "
+    "evaluate_edits figures harmonic_mean load_records locate read_prompt subject_sigma "
+    "summarise to_table"
+).split()

@@ -8,17 +8,17 @@ when it fails, and runs in evaluation mode without gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import whole_number
+from unified_edit.arguments import as_list, whole_number
 from unified_edit.editing.editor import Editor
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.plans import check_subjects
-from unified_edit.errors import FactError, MethodError
+from unified_edit.errors import EditError, FactError, MethodError, brief
 from unified_edit.facts import Fact, Record, check_batch
 from unified_edit.facts.facts import clean_text
 from unified_edit.measuring.questions import Sheet, to_table
@@ -85,6 +85,9 @@ def compare(
     import pandas as pd
 
     parts, ledger = anatomy(model), ledger_of(model)
+    given = [] if edits is None else as_list(edits)
+    if not all(isinstance(one, Edit) for one in given):
+        raise EditError(f"edits is {brief(edits)}; give an Edit or a list of them, or nothing")
     pairs = [
         (prompt, target)
         for prompt in _texts(prompts, "prompts")
@@ -97,7 +100,7 @@ def compare(
         with ledger.state_kept():
             if edits is not None:
                 ledger.activate(())
-                for one in [edits] if isinstance(edits, Edit) else edits:
+                for one in given:
                     one.apply(model)
             after = likelihoods(parts, asked) if ledger.active else before
     return pd.DataFrame(
@@ -134,7 +137,7 @@ def evaluate(
     Raises FactError for no records, or probes named like a score or a kind of prompt,
     TokenizationError for prompts whose target cannot be located, MethodError, ModelError.
     """
-    check_bootstrap(bootstrap)
+    bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
     sheet = Sheet.of(model, tokenizer, records)
     ledger = ledger_of(model)
     everything = range(len(sheet.records))
@@ -173,7 +176,7 @@ def evaluate_edits(
     Raises what `edit` and `evaluate` raise; contradictions and shared subjects within any batch
     are found before the work begins.
     """
-    check_bootstrap(bootstrap)
+    bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
     size = whole_number(batch_size, "batch_size", MethodError, least=1)
     if not isinstance(method, Method):
         raise MethodError(
@@ -219,8 +222,7 @@ def _facts_of(method: Method, records: Sequence[Record]) -> list[Fact]:
 
 
 def _texts(given: str | Sequence[str], name: str) -> list[str]:
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
-    texts = list(given) if several else [given]
+    texts = as_list(given)
     if not texts:
         raise FactError(f"{name} is empty: give at least one text.")
     return [clean_text(text, f"{name}[{index}]") for index, text in enumerate(texts)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from unified_edit.arguments import as_list
 from unified_edit.errors import FactError, brief
 from unified_edit.facts import Fact, Record
 from unified_edit.measuring.report import COLUMNS
@@ -133,7 +134,7 @@ def _prompts(record: Record) -> Iterable[tuple[str, str, str, str | None]]:
 
 def check_records(records: Sequence[Record] | Record) -> tuple[Record, ...]:
     """The records as a tuple; FactError if there are none or one cannot be evaluated."""
-    given = (records,) if isinstance(records, Record) else tuple(records)
+    given = tuple(as_list(records))
     if not given:
         raise FactError("there are no records to evaluate: the list is empty. Give at least one.")
     for index, record in enumerate(given):

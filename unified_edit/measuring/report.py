@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 from unified_edit.measuring.scores import AFTER, BEFORE, Score, _short, summarise
@@ -88,36 +89,24 @@ class Report:
             **{when: None if scores is None else _plain(scores) for when, scores in states.items()},
         }
 
-    def _lines(self) -> list[list[str]]:
-        """Header and rows as text, three significant digits at most."""
-        states = [self.before] if self.after is None else [self.before, self.after]
-        head = ["score", *[BEFORE, AFTER][: len(states)], "95 % interval", "n"]
-        rows = [
-            [name, *(_short(scores[name].value) for scores in states),
-             f"{_short(last.low)} to {_short(last.high)}", str(last.n)]
-            for name, last in self.summary.items()
-        ]  # fmt: skip
-        return [head, *rows]
+    @property
+    def _shown(self) -> pd.DataFrame:
+        """The scores as text, three significant digits at most."""
+        frame = self.frame()
+        cells = frame.drop(columns="n").map(_short)
+        cells["95 % interval"] = cells.pop("low") + " to " + cells.pop("high")
+        return cells.assign(n=frame["n"].astype(str)).reset_index()
 
     def __repr__(self) -> str:
-        lines = self._lines()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if place == 0 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join([f"Report on {self._count()}", *text])
+        return f"Report on {self._count()}\n{dedent(as_text(self._shown, ['score']))}"
 
     def _repr_html_(self) -> str:
-        head, *rows = [[html.escape(cell) for cell in line] for line in self._lines()]
+        shown = self._shown.map(html.escape)
+        titles = "".join(f"<th>{name}</th>" for name in shown)
         body = "".join(
-            f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
-            for row in rows
+            f"<tr><th>{name}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+            for name, *cells in shown.itertuples(index=False)
         )
-        titles = "".join(f"<th>{cell}</th>" for cell in head)
         return (
             f"<table><caption>{self._count()}; 95 % bootstrap intervals by record</caption>"
             f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
@@ -125,6 +114,18 @@ class Report:
 
     def _count(self) -> str:
         return f"{self.records} record" + ("s" if self.records != 1 else "")
+
+
+def as_text(cells: pd.DataFrame, left: Iterable[str]) -> str:
+    """A table of texts in lines indented by two; columns in `left` go to the left, others right."""
+    names = {}
+    for name in left:
+        width = max(map(len, [name, *cells[name]]))
+        cells = cells.assign(**{name: cells[name].str.ljust(width)})
+        names[name] = name.ljust(width)
+    rows = cells.rename(columns=names).set_axis([""] * len(cells))
+    # two blanks between columns: pandas puts one before texts, but none before names
+    return rows.to_string(justify="right", col_space=[len(name) + 1 for name in rows])
 
 
 def _plain(scores: Mapping[str, Score]) -> dict[str, dict[str, float | int]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from unified_edit.arguments import whole_number
 from unified_edit.errors import FactError, MethodError
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def summarise(table: pd.DataFrame, *, bootstrap: int = 2000, seed: int = 0) -> d
     """
     import numpy as np
 
-    check_bootstrap(bootstrap)
+    bootstrap = check_bootstrap(bootstrap)
+    seed = whole_number(seed, "seed", MethodError, least=0)
     if table["when"].nunique() != 1:
         raise FactError(
             f"scores need the rows of exactly one state: got {sorted(set(table['when']))}. Choose "
@@ -105,13 +107,10 @@ def summarise(table: pd.DataFrame, *, bootstrap: int = 2000, seed: int = 0) -> d
     }
 
 
-def check_bootstrap(bootstrap: int) -> None:
-    """Raise MethodError unless so many resamples give an interval."""
-    if bootstrap < LEAST_BOOTSTRAP:
-        raise MethodError(
-            f"bootstrap is {bootstrap!r}; a 95 % interval needs at least {LEAST_BOOTSTRAP} "
-            "resamples"
-        )
+def check_bootstrap(bootstrap: object) -> int:
+    """The number of resamples; MethodError unless so many give an interval."""
+    advice = "Fewer resamples give no 95 % interval"
+    return whole_number(bootstrap, "bootstrap", MethodError, least=LEAST_BOOTSTRAP, advice=advice)
 
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:

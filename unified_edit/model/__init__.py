@@ -15,29 +15,8 @@ from unified_edit.model.likelihoods import Likelihood, likelihoods, log_probabil
 from unified_edit.model.memory import Memory, memory_of
 from unified_edit.model.prompts import Encoded, Encoder, FactRows, Row
 
-__all__ = [
-    "FAMILIES",
-    "Anatomy",
-    "Encoded",
-    "Encoder",
-    "FactRows",
-    "Family",
-    "Ledger",
-    "Likelihood",
-    "Memory",
-    "NamedWeight",
-    "Row",
-    "anatomy",
-    "captured",
-    "hidden_of",
-    "ledger_of",
-    "likelihoods",
-    "log_probabilities",
-    "memory_of",
-    "model_fingerprint",
-    "next_token",
-    "quiet",
-    "read_last_token",
-    "replaced_output",
-    "tensor_hash",
-]
+__all__ = (
+    "FAMILIES Anatomy Encoded Encoder FactRows Family Ledger Likelihood Memory NamedWeight Row "
+    "anatomy captured hidden_of ledger_of likelihoods log_probabilities memory_of "
+    "model_fingerprint next_token quiet read_last_token replaced_output tensor_hash"
+).split()

@@ -7,7 +7,6 @@ named weights. The paths come from `families`; what they lead to is probed, not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from unified_edit.arguments import whole_number
+from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import ModelError
 from unified_edit.model.families import FAMILIES, Family
 from unified_edit.model.hooks import logits_of, quiet, read_last_token
@@ -66,10 +65,21 @@ class Anatomy:
     family: Family
     blocks: nn.ModuleList
 
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Anatomy:
+        """The parts of a model that `anatomy` has let pass before; nothing is checked again."""
+        family = FAMILIES[model.config.model_type]
+        return cls(model, family, cast(nn.ModuleList, model.get_submodule(family.blocks)))
+
     @property
     def n_layers(self) -> int:
         """The number of blocks."""
         return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """The width of the residual stream: how long a state is."""
+        return int(self.embeddings.shape[1])
 
     @property
     def positions(self) -> int | None:
@@ -122,10 +132,12 @@ class Anatomy:
         """Next-token logits (... x vocabulary) of final hidden states, by the model's own head."""
         return logits_of(self.model, hidden)
 
-    def check_layers(self, layers: Iterable[object] | object) -> tuple[int, ...]:
+    def check_layers(self, layers: object) -> tuple[int, ...]:
         """`layers` as ints; ModelError unless they are ascending, distinct and in the model."""
-        given = tuple(layers) if _is_several(layers) else (layers,)
-        whole = tuple(whole_number(layer, "a layer", ModelError) for layer in given)
+        advice = f"This model has blocks 0..{self.n_layers - 1}"
+        whole = tuple(
+            whole_number(layer, "a layer", ModelError, advice=advice) for layer in as_list(layers)
+        )
         inside = all(0 <= layer < self.n_layers for layer in whole)
         if not whole or not inside or list(whole) != sorted(set(whole)):
             raise ModelError(
@@ -195,15 +207,6 @@ def _named(path: str, module: nn.Module, layer: int) -> NamedWeight:
     transposed = isinstance(module, Conv1D)
     d_in, d_out = stored if transposed else stored[::-1]
     return NamedWeight(f"{path}.weight", module, layer, d_in, d_out, transposed)
-
-
-def _is_several(layers: object) -> bool:
-    """Whether `layers` is a list of some kind: an array of no dimension is a single number."""
-    return (
-        isinstance(layers, Iterable)
-        and not isinstance(layers, str)
-        and (getattr(layers, "ndim", 1) > 0)
-    )
 
 
 def _probe_tolerance(parameter: Tensor) -> float:

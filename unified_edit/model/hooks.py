@@ -127,9 +127,13 @@ def replaced_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> It
 def noticing_tuples(block: nn.Module) -> Iterator[list[bool]]:
     """Yield a list that notes, at each forward of `block`, whether it gives a tuple."""
     returned: list[bool] = []
-    with block.register_forward_hook(
-        lambda _module, _args, output: returned.append(isinstance(output, tuple))
-    ):
+    own = threading.get_ident()
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        if threading.get_ident() == own:
+            returned.append(isinstance(output, tuple))
+
+    with block.register_forward_hook(note):
         yield returned
 
 
@@ -189,6 +193,21 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits.reshape(*hidden.shape[:-1], -1)
 
 
+def per_token(value: Tensor | None, tokens: Sequence[int], module: nn.Module, side: str) -> Tensor:
+    """What was captured at one side of `module`, as it is: (rows x tokens x width).
+
+    Raises ModelError unless it is a vector for each of the `tokens` (rows, tokens) of a batch.
+    """
+    if value is None or value.ndim != 3 or tuple(value.shape[:2]) != tuple(tokens):
+        shape = "nothing" if value is None else tuple(value.shape)
+        raise ModelError(
+            f"the {side} of {type(module).__name__} is {shape}, where a vector for each of "
+            f"{tuple(tokens)} tokens was expected (rows x tokens x width); this model cannot be "
+            "read there"
+        )
+    return value
+
+
 @torch.no_grad()
 def read_last_token(
     model: PreTrainedModel,
@@ -207,14 +226,7 @@ def read_last_token(
         with captured(sites) as seen:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         for name, (module, side) in sites.items():
-            value = seen.get(name)
-            if value is None or value.shape[:2] != inputs["input_ids"].shape or value.ndim != 3:
-                shape = "nothing" if value is None else tuple(value.shape)
-                raise ModelError(
-                    f"the {side} of {type(module).__name__} is {shape}, where a vector for each of "
-                    f"{tuple(inputs['input_ids'].shape)} tokens was expected (rows x tokens x "
-                    "width); this model cannot be read there"
-                )
+            value = per_token(seen.get(name), inputs["input_ids"].shape, module, side)
             for position, index in enumerate(batch):
                 found[name][index] = value[position, -1].clone()
     order = range(len(rows))

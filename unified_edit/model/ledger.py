@@ -64,8 +64,8 @@ class Ledger:
 
     @property
     def parts(self) -> Anatomy:
-        """The parts of the model; EditError if it no longer exists, ModelError if it changed."""
-        return anatomy(self.model)
+        """The parts of the model; EditError if it no longer exists."""
+        return Anatomy.of(self.model)
 
     @property
     def active(self) -> tuple[Entry, ...]:

@@ -51,6 +51,12 @@ def load(
             "missing or damaged; download the folder again"
         ) from problem
     Encoder(tokenizer)  # refuses what is not a fast one
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise ModelError(
+            f"no tokenizer could be loaded from {name!r}: without a tokenizer.json, what was made "
+            "knows no words. Put the tokenizer's files into the folder: "
+            "tokenizer.save_pretrained(folder)"
+        )
     if device is not None:
         try:
             model.to(device)  # type: ignore[arg-type]
@@ -71,10 +77,11 @@ def _from_pretrained(
         "revision": revision,
         "trust_remote_code": False,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are refused with the rest of the report
     }
     try:
         with loading():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, use_safetensors=True, **arguments
             )
     except Exception as problem:  # files that are damaged raise whatever their reader raises
@@ -92,14 +99,15 @@ def _from_pretrained(
             ) from problem
         try:
             with loading():
-                model, report = AutoModelForCausalLM.from_pretrained(
+                loaded = AutoModelForCausalLM.from_pretrained(
                     name, use_safetensors=False, weights_only=True, **arguments
                 )
         except Exception as worse:  # torch raises UnpicklingError, OSError, RuntimeError, ...
             raise ModelError(
                 f"the .bin weights of {name!r} could not be read: {_said(worse)}"
             ) from worse
-    _check_report(name, model, report)
+    model: PreTrainedModel = loaded[0]
+    _check_report(name, model, loaded[1])
     return model
 
 

@@ -47,6 +47,11 @@ class Row:
     target: tuple[int, ...] = ()
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """Ids of the prompt alone, without what is fed of the target."""
+        return self.ids[: len(self.ids) - max(0, len(self.target) - 1)]
+
+    @property
     def up_to_subject(self) -> tuple[int, ...]:
         """Ids from the start to the subject's last token."""
         return self.ids[: self.subject + 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def _umask() -> int:
     return mask
 
 
+def _remedy(found: str, kind: str) -> str:
+    """What to do about a file of another kind; kinds are names with the number of a format."""
+    theirs, ours = (re.split(r"/(\d+)", one) for one in (found, kind))
+    if theirs[::2] != ours[::2]:
+        return "give another file"
+    if int(theirs[1]) > int(ours[1]):
+        return "it was written by a newer version of this library: install that one"
+    return "it was written by an older version of this library: make it again"
+
+
 def read_safetensors(
     path: Path, kind: str, error: type[UnifiedEditError]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,7 +96,7 @@ def read_safetensors(
         ) from problem
     found = metadata.get("kind", "nothing")
     if found != kind:
-        raise error(f"{path} holds {found!r}, but {kind!r} is needed here; give another file")
+        raise error(f"{path} holds {found!r}, but {kind!r} is needed here; {_remedy(found, kind)}")
     text = metadata.get("description", "")
     if metadata.get("sha256") != _checksum(tensors, text):
         raise error(

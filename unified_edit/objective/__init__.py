@@ -5,15 +5,7 @@ from unified_edit.objective.feasibility import CONDITION_LIMIT, Feasibility, fea
 from unified_edit.objective.metric import Metric, MetricProtocol
 from unified_edit.objective.solver import EQUALITY_TOLERANCE, Diagnosis, Update, solve
 
-__all__ = [
-    "CONDITION_LIMIT",
-    "EQUALITY_TOLERANCE",
-    "Diagnosis",
-    "Feasibility",
-    "Metric",
-    "MetricProtocol",
-    "Update",
-    "feasible",
-    "matmul",
-    "solve",
-]
+__all__ = (
+    "CONDITION_LIMIT EQUALITY_TOLERANCE Diagnosis Feasibility Metric MetricProtocol Update "
+    "feasible matmul solve"
+).split()

@@ -5,11 +5,6 @@ from unified_edit.statistics.collect import Source
 from unified_edit.statistics.corpora import default_corpus
 from unified_edit.statistics.key_statistics import KeyStatistics
 
-__all__ = [
-    "TOKENS_PER_DIMENSION",
-    "KeyStatistics",
-    "Source",
-    "cache_folder",
-    "default_corpus",
-    "statistics_for",
-]
+__all__ = (
+    "TOKENS_PER_DIMENSION KeyStatistics Source cache_folder default_corpus statistics_for".split()
+)

@@ -22,7 +22,7 @@ from torch import Tensor
 from unified_edit.errors import StatisticsError, StatisticsFileError
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.batching import batches_by_length, left_padded
-from unified_edit.model.hooks import PLAIN_OUTPUT, captured
+from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
@@ -264,7 +264,10 @@ def _add_group(job: Job, group: list[str], sums: _Sums) -> int:
         with captured(sites) as seen:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         real = inputs["attention_mask"].bool()
-        keys = {layer: value[real] for layer, value in seen.items()}
+        keys = {
+            one.layer: per_token(seen.get(one.layer), real.shape, one.module, "input")[real]
+            for one in job.weights
+        }
         for layer, value in keys.items():
             if not torch.isfinite(value).all():
                 raise StatisticsError(
@@ -331,8 +334,8 @@ def _agreement(halves: list[Tensor], counts: list[int], fresh: Tensor) -> float:
     """Median of |k'C1^-1 k / k'C2^-1 k - 1| over fresh keys; NaN if a half cannot be factored."""
     if min(counts) < fresh.shape[1] or not len(fresh):  # a half is singular
         return float("nan")
-    # coordinates that are zero in every key say nothing; in half precision there are many
-    alive = sum(half.diagonal() for half in halves).nonzero()[:, 0]  # type: ignore[union-attr]
+    # a coordinate that is zero in every key of a half says nothing; half precision has some
+    alive = (halves[0].diagonal() * halves[1].diagonal()).nonzero()[:, 0]
     keys, costs = fresh[:, alive].double().T, []
     for half, count in zip(halves, counts, strict=True):
         if len(alive) < len(half):

@@ -64,6 +64,7 @@ class KeyStatistics:
 
     def C0(self, layer: int) -> Tensor:
         """The mean second moment at `layer`, :eq:`preserve-c0`: (d_k x d_k, float64)."""
+        layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self.moments:
             raise StatisticsError(
                 f"there are no key statistics for layer {layer}, only for {self.layers}; collect "
@@ -74,6 +75,7 @@ class KeyStatistics:
 
     def metric(self, layer: int) -> Metric:
         """The factored C0 of `layer`; made once and kept."""
+        layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
             try:
                 self._metrics[layer] = Metric(self.C0(layer))
@@ -91,6 +93,7 @@ class KeyStatistics:
 
     def convergence(self, layer: int) -> float:
         """How far two halves of the text disagree on fresh keys; at most 0.1 is converged."""
+        layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self.agreement:
             self.C0(layer)  # says which layers there are
         return self.agreement[layer]
@@ -174,7 +177,8 @@ class KeyStatistics:
                 checkpoint=place,
                 **whole,
             )
-            made = cls(*collect(job, texts))
+            source, moments, agreement = collect(job, texts)
+            made = cls(source, {**moments}, agreement)
             made._look_at()
         if place is not None:
             place.unlink(missing_ok=True)

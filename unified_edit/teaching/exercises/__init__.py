@@ -5,7 +5,7 @@ all is well, and raises `ExerciseError` with what is wrong otherwise. Nothing of
 edit models, and it is only imported when you ask for it.
 """
 
-from unified_edit.teaching.exercises._check import ExerciseError
+from unified_edit.teaching.exercises.checking import ExerciseError
 from unified_edit.teaching.exercises.a_fact import (
     check_harmonic,
     check_mean_logp,

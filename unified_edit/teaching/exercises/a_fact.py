@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from unified_edit.teaching.exercises._check import (
+from unified_edit.teaching.exercises.checking import (
     ExerciseError,
     agree,
     call,

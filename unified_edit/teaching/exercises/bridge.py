@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from unified_edit.teaching.exercises._check import (
+from unified_edit.teaching.exercises.checking import (
     ExerciseError,
     agree,
     call,

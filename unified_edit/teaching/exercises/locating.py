@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises._check import agree, call, draw, number, right, tensor
+from unified_edit.teaching.exercises.checking import agree, call, draw, number, right, tensor
 
 
 def check_noise_scale(noise_scale: Callable[[Tensor, list[int], float], Any]) -> str:

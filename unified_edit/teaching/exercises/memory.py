@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises._check import ExerciseError, agree, call, draw, right, tensor
+from unified_edit.teaching.exercises.checking import ExerciseError, agree, call, draw, right, tensor
 
 
 def crosstalk_of(K: Tensor, V: Tensor) -> Tensor:

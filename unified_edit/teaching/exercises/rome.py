@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises._check import (
+from unified_edit.teaching.exercises.checking import (
     ExerciseError,
     agree,
     call,

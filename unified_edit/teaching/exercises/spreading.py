@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unified_edit.editing.spreading import shares
-from unified_edit.teaching.exercises._check import ExerciseError, agree, call, right, tensor
+from unified_edit.teaching.exercises.checking import ExerciseError, agree, call, right, tensor
 
 
 def parts_of_shares(given: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises._check import agree, call, draw, number, right, tensor
+from unified_edit.teaching.exercises.checking import agree, call, draw, number, right, tensor
 
 
 def projected(deltas: Tensor, inits: Tensor, clamp: float) -> Tensor:
