@@ -158,7 +158,7 @@ def check_tree(before: list[str] | None) -> None:
 def execute(python: Path, folder: Path, model: str = MODEL) -> None:
     """Execute all notebooks of a folder in place; `Failure` if one of them fails."""
     one = model != MODEL  # a large model fits into memory once
-    command = [python, NOTEBOOKS, "execute", folder]
+    command: list[str | Path] = [python, NOTEBOOKS, "execute", folder]
     if one:
         command += ["--workers", "1", "--cell-seconds", str(LARGE_MODEL_CELL_SECONDS)]
     threads = max(1, (os.cpu_count() or 1) // (1 if one else WORKERS))

@@ -41,7 +41,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unified_edit as ue
 from unified_edit.atlas.corpus import filler
-from unified_edit.measuring.tracing import PLACES, Trace
+from unified_edit.measuring import Trace
+from unified_edit.measuring.traces import PLACES
 
 log = logging.getLogger("name_overlap")
 

@@ -147,7 +147,10 @@ def measure(
             apply=False,
         )
         costs.append(
-            [statistics.metric(layer).cost(u.left, u.right) for layer, (u,) in edit.updates.items()]
+            [
+                statistics.metric(layer).cost(edit.updates[name].left, edit.updates[name].right)
+                for layer, name in edit.names.items()
+            ]
         )
         with edit.applied():
             new = sheet.rows(AFTER, places)

@@ -27,8 +27,7 @@ from transformers import (
 )
 
 import unified_edit as ue
-from unified_edit.model.anatomy import anatomy
-from unified_edit.model.fingerprints import tensor_hash
+from unified_edit.model import anatomy, tensor_hash
 
 log = logging.getLogger("real_shapes")
 
@@ -99,10 +98,14 @@ def main() -> None:
         batch_tokens=2048,
     )
     lap("statistics")
-    before = {i: tensor_hash(anatomy(model).weight(i)) for i in method.layers}
+
+    def hashes() -> dict[int, str]:
+        return {i: tensor_hash(anatomy(model).weight(i).parameter) for i in method.layers}
+
+    before = hashes()
     edit = ue.edit(model, tokenizer, FACTS, method, statistics=stats)
     lap("edit")
-    changed = {i: tensor_hash(anatomy(model).weight(i)) for i in method.layers}
+    changed = hashes()
     edit.undo()
     lap("undo")
     report = {
@@ -119,8 +122,7 @@ def main() -> None:
         "losses": [[round(o.losses[0], 3), round(o.losses[-1], 3)] for o in edit.outcomes],
         "memorization_error": {i: d.memorization_error for i, d in edit.diagnosis.items()},
         "every_layer_changed": all(changed[i] != before[i] for i in before),
-        "undone_bit_exactly": before
-        == {i: tensor_hash(anatomy(model).weight(i)) for i in method.layers},
+        "undone_bit_exactly": before == hashes(),
         "threads": torch.get_num_threads(),
     }
     log.info("%s", json.dumps(report, indent=1))

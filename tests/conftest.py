@@ -1,5 +1,29 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and which tests run where."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
+
 pytest_plugins = ["fixtures_atlas", "fixtures_tiny", "fixtures_refusals"]
+
+#: Published data sets, too large for the repository: tests of the real files need them there.
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes, unless asked for, and what needs data that are not here."""
+    slow = os.environ.get("UNIFIED_EDIT_SLOW") == "1"
+
+    def stays(item: pytest.Item) -> bool:
+        there = all(
+            (DATA / name).exists() for mark in item.iter_markers("data") for name in mark.args
+        )
+        return there and (slow or item.get_closest_marker("slow") is None)
+
+    left_out = [item for item in items if not stays(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if stays(item)]

@@ -309,7 +309,6 @@ def test_a_full_disk_in_the_cache(
 def test_an_adapter_that_cannot_be_written(
     tiny, tiny_tokenizer, tiny_statistics, tmp_path, monkeypatch
 ) -> None:
-    pytest.importorskip("peft")
     made = edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
     folder = tmp_path / "adapter"
     for failing in (partly_written, partly_written_natively):

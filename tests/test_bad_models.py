@@ -78,13 +78,15 @@ def partly_on_meta(model: nn.Module) -> nn.Module:
 
 
 def peft_wrapped(model: nn.Module) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     return peft.get_peft_model(model, config)
 
 
 def peft_injected(model: nn.Module) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     return model
 
@@ -325,7 +327,7 @@ def test_a_hook_that_changes_what_passes_is_named(
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_in_less_than_float32(
-    make_gpt2, tiny_tokenizer, tiny_statistics, precision, monkeypatch
+    make_gpt2, tiny_tokenizer, tiny_statistics, precision
 ) -> None:
     """Allowed by the user, so that the probe must bear it; what is wrong is found all the same."""
     model = make_gpt2()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from unified_edit.editing.spreading import shares
+from unified_edit.editing import shares
 from unified_edit.errors import MethodError
 
 EPS = 2.0**-52
@@ -42,10 +42,12 @@ def test_memit_stores_equal_parts_where_shares_arrive_undiminished(n: int) -> No
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, True, None, "3"])
 def test_a_wrong_number_of_layers_is_refused(n: object) -> None:
-    with pytest.raises(MethodError, match=r"whole number of layers, at least 1"):
+    with pytest.raises(
+        MethodError, match=r"must be a whole number of at least 1\. A residual is spread"
+    ):
         shares(n)  # type: ignore[arg-type]
 
 
 def test_an_unknown_kind_is_refused_and_the_known_ones_named() -> None:
-    with pytest.raises(MethodError, match=r"'linear': use one of memit, pmet, full"):
+    with pytest.raises(MethodError, match=r"'linear'; choose one of \('memit', 'pmet', 'full'\)"):
         shares(3, "linear")  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ import unified_edit as ue
 from unified_edit.editing import Contexts, Editor, Outcome, compute_keys
 from unified_edit.errors import NullSpaceError
 from unified_edit.model import Anatomy, Memory, anatomy, ledger_of, memory_of
+from unified_edit.statistics import statistics_for
 
 
 @pytest.fixture
@@ -91,8 +92,8 @@ def test_after_a_new_start_the_file_is_read_and_factored_once(
     assert not work["collect"]
     assert len(work["safe_open"]) == 1
     assert len(work["cholesky_ex"]) == 1
-    C0 = Editor(again, tiny_tokenizer).memory.get(("C0", second.provenance.fingerprint, 1)).C0(1)
-    assert C0.shape == (48, 48)  # the factor is what is kept; C0 itself is read where it is wanted
+    # the factor is what is kept; C0 itself is read where it is wanted
+    assert statistics_for(again, tiny_tokenizer, [1]).C0(1).shape == (48, 48)
     assert len(work["safe_open"]) == 2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import builtins
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -206,9 +205,7 @@ def bound(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(
-    os.environ.get("UNIFIED_EDIT_SLOW") != "1", reason="minutes: set UNIFIED_EDIT_SLOW=1"
-)
+@pytest.mark.slow
 @each_chapter
 def test_all_code_of_solutions_runs_behind_its_chapter(name: str, tmp_path: Path) -> None:
     """The chapter, then each solution as a cell of its own, in one kernel."""

@@ -13,7 +13,6 @@ import unified_edit as ue
 from unified_edit.editing.methods import SETTINGS
 from unified_edit.errors import InfeasibleError
 from unified_edit.teaching.exercises import ExerciseError
-from unified_edit.teaching.exercises.checking import draw
 from unified_edit.teaching.exercises.bridge import (
     both_errors,
     check_bridge,
@@ -22,6 +21,7 @@ from unified_edit.teaching.exercises.bridge import (
     filtered_update,
     from_released,
 )
+from unified_edit.teaching.exercises.checking import draw
 
 Check = Callable[[Any], str]
 

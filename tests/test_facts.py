@@ -26,13 +26,6 @@ TEMPLATE = "{} is located in the city of"
 TOWER = Fact(TEMPLATE, "The Eiffel Tower", "Rome", "Paris")
 
 
-def data_file(name: str) -> Path:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"needs {name} in {DATA}, which is not part of the repository")
-    return path
-
-
 def message(kind: type[Exception], action, *parts: str) -> str:
     """The text of the error that `action` raises, which must hold all `parts`."""
     with pytest.raises(kind) as caught:
@@ -826,8 +819,9 @@ def test_unusable_records_are_skipped_only_when_asked(
 # --- real files ------------------------------------------------------------------------------
 
 
+@pytest.mark.data("counterfact/counterfact_250_full.json")
 def test_the_real_counterfact_file() -> None:
-    records = read_records(data_file("counterfact/counterfact_250_full.json"))
+    records = read_records(DATA / "counterfact/counterfact_250_full.json")
     assert len(records) == 250
     assert {
         (len(r.paraphrases), len(r.neighbours), len(r.generation_prompts)) for r in records
@@ -842,8 +836,9 @@ def test_the_real_counterfact_file() -> None:
     assert len(check_batch([r.fact for r in records])) == 250
 
 
+@pytest.mark.data("counterfact/counterfact_10000_reduced.json")
 def test_the_real_reduced_file() -> None:
-    path = data_file("counterfact/counterfact_10000_reduced.json")
+    path = DATA / "counterfact/counterfact_10000_reduced.json"
     records = read_records(path)
     assert len(records) == 10000
     assert all(r.paraphrases == () and not r.probes for r in records)
@@ -856,9 +851,12 @@ def test_the_real_reduced_file() -> None:
     assert len({r.case_id for r in records}) == 10000
 
 
+@pytest.mark.data(
+    "counterfact/counterfact_250_full.json", "counterfact/counterfact_10000_reduced.json"
+)
 def test_the_two_real_forms_of_counterfact_agree() -> None:
-    full = {r.case_id: r for r in read_records(data_file("counterfact/counterfact_250_full.json"))}
-    reduced = read_records(data_file("counterfact/counterfact_10000_reduced.json"))
+    full = {r.case_id: r for r in read_records(DATA / "counterfact/counterfact_250_full.json")}
+    reduced = read_records(DATA / "counterfact/counterfact_10000_reduced.json")
     shared = [r for r in reduced if r.case_id in full]
     assert len(shared) > 50
     for record in shared:
@@ -866,8 +864,9 @@ def test_the_two_real_forms_of_counterfact_agree() -> None:
         assert record.fact.target_new == full[record.case_id].fact.target_new
 
 
+@pytest.mark.data("zsre/zsre_mend_1000.json")
 def test_the_real_zsre_file(caplog: pytest.LogCaptureFixture) -> None:
-    path = data_file("zsre/zsre_mend_1000.json")
+    path = DATA / "zsre/zsre_mend_1000.json"
     message(FactFileError, lambda: read_records(path), "record 88", "skip_bad=True")
     records = read_records(path, skip_bad=True)
     # counted in the file: 17 targets equal the first answer, 4 another one, 2 are empty

@@ -140,9 +140,15 @@ def test_public_names_are_there(name: str) -> None:
     assert set(public) <= set(dir(module))
 
 
-def test_the_front_door_shows_names() -> None:
-    assert ue.__all__
-    assert not [name for name in ue.__all__ if name.startswith("_")]
+def test_type_checkers_see_what_the_front_door_shows() -> None:
+    """Names are fetched when they are asked for; what is imported there is for types only."""
+    typed = {
+        alias.asname or alias.name
+        for node in ast.walk(TREES[PACKAGE])
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
+        for alias in node.names
+    }
+    assert typed == set(ue.__all__)
 
 
 DEEP = re.compile(r"^\s*(?:from|import)\s+(unified_edit\.\w+\.[\w.]+)", re.MULTILINE)
@@ -159,7 +165,7 @@ def test_the_book_comes_in_by_the_front_door(page: Page) -> None:
     codes += [block.body for block in blocks if block.name in ("", "code", "code-block")]
     assert [name for code in codes for name in DEEP.findall(code)] == []
     below = {part for code in codes for parts in BELOW.findall(code) for part in parts if part}
-    assert [part for part in sorted(below) if not hasattr(ue, part)] == []
+    assert below <= {*ue.__all__, *FLOORS}
 
 
 # --- the back door --------------------------------------------------------------------------------
@@ -168,10 +174,15 @@ PATCHERS = {"setattr", "delattr", "object", "patch"}  # of monkeypatch and of un
 OWN = {path.stem for path in (ROOT / "tests").glob("*.py")}
 
 
+#: Private names of transformers for which it has no public one: GPT-J computes its attention in
+#: float32 there, whatever the type of the model.
+OF_OTHERS = {"_attn"}
+
+
 def is_private(name: object) -> bool:
     """Whether the last part of a name says that it is nobody else's business."""
     last = name.rpartition(".")[2] if isinstance(name, str) else ""
-    return last.startswith("_") and not last.endswith("__")
+    return last.startswith("_") and not last.endswith("__") and last not in OF_OTHERS
 
 
 def patched(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -14,7 +14,8 @@ import torch
 from checkout import ROOT, load
 
 import unified_edit as ue
-from unified_edit.measuring.tracing import PLACES, Trace, TracedFact
+from unified_edit.measuring import Trace, TracedFact
+from unified_edit.measuring.traces import PLACES
 
 overlap = load(ROOT / "benchmarks" / "name_overlap.py")
 DATA = ROOT / "book" / "data" / "name_overlap.json"

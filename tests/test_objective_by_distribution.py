@@ -10,7 +10,7 @@ import pytest
 from checkout import ROOT, load
 
 import unified_edit as ue
-from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring import Sheet
 
 script = load(ROOT / "benchmarks" / "objective_by_distribution.py")
 PATH = "book/data/objective_by_distribution.json"
@@ -84,8 +84,10 @@ def test_ridges_are_those_of_the_presets(atlas: Any) -> None:
         method = cell.method.resolve(model)
         assert method.layers == (cell.layers[-1:] if cell.distribution == "one" else cell.layers)
         assert method.sequential == (cell.objective == "one by one")
-        assert method.site == "block"
-        assert method.distribution == ("memit" if cell.distribution == "one" else cell.distribution)
+        assert method.site.name == "block"
+        assert method.distribution.name == (
+            "memit" if cell.distribution == "one" else cell.distribution
+        )
 
 
 # --- what the chapter says of it ------------------------------------------------------------------

@@ -14,12 +14,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unified_edit as ue
-from unified_edit.model.anatomy import anatomy
+from unified_edit.model import anatomy
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "gpt2-tokenizer" / "tokenizer.json"
-pytestmark = pytest.mark.skipif(
-    not DATA.exists(), reason="GPT-2's tokenizer is not beside the checkout"
-)
+pytestmark = pytest.mark.data("gpt2-tokenizer/tokenizer.json")
 FACTS = [
     ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
     ue.Fact("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
@@ -38,14 +36,14 @@ def gpt2():
 
 def test_two_facts_three_contexts(gpt2):
     model, tokenizer = gpt2
-    texts = [f"{number} {TEXT}" for number in range(30)]
+    texts = [f"{number} {TEXT}" for number in range(16)]
     stats = ue.KeyStatistics.collect(model, tokenizer, texts, [5], shrinkage=1e-2)
     assert stats.C0(5).shape == (3072, 3072)
     method = ue.EMMET.replace(
         layers=(5,), steps=3, contexts=ue.Contexts(starts=("The", "I"), lengths=(4,))
     )
     edit = ue.edit(model, tokenizer, FACTS, method, statistics=stats, apply=False)
-    assert anatomy(model).transposed(5)
+    assert anatomy(model).weight(5).transposed
     assert len(edit.provenance.prefixes) == 3
     wanted = reference.edit_delta_single_layer(
         model, tokenizer, [(f.prompt, f.subject, f.target_new) for f in FACTS], 5, stats.C0(5),

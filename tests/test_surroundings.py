@@ -117,7 +117,8 @@ def test_activations_without_an_axis_for_tokens(
 
 
 def lora():
-    peft = pytest.importorskip("peft")
+    import peft
+
     return peft, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
 
 

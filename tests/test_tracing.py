@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 import unified_edit as ue
 from unified_edit.errors import FactError, MethodError, ModelError, TokenizationError
-from unified_edit.measuring import traced_runs
+from unified_edit.measuring import Trace, TracedFact, locate, subject_sigma, traced_runs
 from unified_edit.measuring.traced_runs import KINDS
-from unified_edit.measuring.tracing import PLACES, Trace, TracedFact, locate, subject_sigma
+from unified_edit.measuring.traces import PLACES
 
 TOWER = ue.Fact("The {} is in the city of", "old tower", "Oslo", "Rome")
 #: The object is not a word of the tokenizer's training text: several tokens.
@@ -367,8 +367,8 @@ def test_plots(make_gpt2: Any, tiny_tokenizer: Any) -> None:
         ({"samples": 0}, "samples is 0"),
         ({"samples": 2.0}, "samples is 2.0"),
         ({"window": 2}, "odd number"),
-        ({"window": -1}, "odd number"),
-        ({"window": True}, "odd number"),
+        ({"window": -1}, "window is -1"),
+        ({"window": True}, "window is True"),
         ({"sigma": -1.0}, "sigma is -1.0"),
         ({"kinds": ()}, "choose one or more"),
         ({"kinds": "block"}, "'state', 'mlp', 'attention'"),
@@ -389,7 +389,7 @@ def test_what_cannot_be_traced(make_gpt2: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(FactError, match="list of Fact"):
         locate(model, tiny_tokenizer, ["The tower is in"])
     long = ue.Fact("{} is" + " in" * POSITIONS, "The tower", "Rome", "Oslo")
-    with pytest.raises(TokenizationError, match="too long"):
+    with pytest.raises(TokenizationError, match="131 tokens, but the model has only 128"):
         locate(model, tiny_tokenizer, long)
     with pytest.raises(ModelError, match="not a transformers model"):
         locate(nn.Linear(2, 2), tiny_tokenizer, TOWER)

@@ -11,7 +11,6 @@ does not use (figures, exercises) costs nothing at all.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
 
-__version__ = version("unified_edit")
+    __version__: str
 
 #: Floor of the house -> the public names that come from it.
 _FLOORS = {
@@ -76,6 +75,8 @@ def __getattr__(name: str) -> Any:
         value = import_module(f"unified_edit.{_MODULES[name]}")
     elif name in _FLOOR_OF:
         value = getattr(import_module(f"unified_edit.{_FLOOR_OF[name]}"), name)
+    elif name == "__version__":
+        value = import_module("importlib.metadata").version("unified_edit")
     else:
         raise AttributeError(f"module 'unified_edit' has no attribute {name!r}")
     globals()[name] = value

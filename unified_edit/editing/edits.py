@@ -78,8 +78,11 @@ class Edit:
 
     def delta(self, where: int | str) -> Tensor:
         """Delta of a layer, or of a weight by name: (d_out x d_in, float64)."""
-        of_layer = not isinstance(where, str)
-        name = self.names.get(whole_number(where, "a layer", EditError)) if of_layer else where
+        name: str | None
+        if isinstance(where, str):
+            name = where
+        else:
+            name = self.names.get(whole_number(where, "a layer", EditError))
         if name is None or name not in self.updates:
             raise EditError(
                 f"this edit does not touch {where!r}, only layers {self.layers}: "

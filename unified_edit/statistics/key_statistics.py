@@ -6,6 +6,7 @@ job that makes it is `unified_edit.statistics.collect`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -181,7 +182,8 @@ class KeyStatistics:
             made = cls(source, {**moments}, agreement)
             made._look_at()
         if place is not None:
-            place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # none was written: no reason to lose the work
+                place.unlink(missing_ok=True)
         return made
 
     def _look_at(self) -> None:
