@@ -138,13 +138,13 @@ FAULTS = (
           '[prefix["attention_mask"].cpu(), (torch.arange(width) < lengths[:, None]).long()]',
           '[torch.ones_like(prefix["attention_mask"].cpu()), '
           "(torch.arange(width) < lengths[:, None]).long()]", VALUES),
-    Fault("keys not recomputed at later layers", "editing/writing.py",
+    Fault("keys not recomputed at later layers", "editing/layer_loop.py",
           "keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]",
           "keys = first_keys", WHOLE),
-    Fault("residual not recomputed at later layers", "editing/writing.py",
+    Fault("residual not recomputed at later layers", "editing/layer_loop.py",
           "residual = values.z - values_at(parts, rows, values.layer, method.site)",
           "residual = values.delta", WHOLE),
-    Fault("every layer takes the whole residual", "editing/writing.py",
+    Fault("every layer takes the whole residual", "editing/layer_loop.py",
           "share * residual", "residual", WHOLE),
     Fault("a missing bias: value read without it", "editing/keys.py",
           '    return found["site"].double().cpu().T\n',
@@ -237,7 +237,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description="Plant faults in copies; each must be noticed.")
     parser.add_argument("numbers", nargs="*", type=int, help="of faults, from 0; all by default")
     parser.add_argument("--chapters", action="store_true", help="run chapters instead of tests")
+    parser.add_argument("--list", action="store_true", help="show the faults and their numbers")
     given = parser.parse_args(arguments)
+    if given.list:
+        for number, fault in enumerate(FAULTS):
+            print(f"{number:3}  {fault.module:32} {fault.what}")
+        return 0
     chosen = [FAULTS[number] for number in given.numbers] or list(FAULTS)
     if given.chapters:
         chosen = [fault for fault in chosen if CHAPTERS[fault.tests]]

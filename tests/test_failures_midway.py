@@ -220,11 +220,11 @@ FAILING = pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(er
 @pytest.mark.parametrize(
     ("where", "at"),
     [
-        ("unified_edit.editing.writing.keys_of", 1),
+        ("unified_edit.editing.layer_loop.keys_of", 1),
         ("unified_edit.editing.values.captured", 1),
         ("unified_edit.editing.values.log_probabilities", 6),
-        ("unified_edit.editing.writing.solve", 2),
-        ("unified_edit.editing.writing.likelihoods", 1),
+        ("unified_edit.editing.layer_loop.solve", 2),
+        ("unified_edit.editing.layer_loop.likelihoods", 1),
         ("unified_edit.editing.editor.tensor_hash", 1),
     ],
     ids=lambda value: value.rpartition(".")[2] if isinstance(value, str) else "",
@@ -260,7 +260,7 @@ def test_a_failure_in_the_middle_of_the_layers(
             raise failure
         return objective.solve(*args, **kwargs)
 
-    monkeypatch.setattr("unified_edit.editing.writing.solve", solve)
+    monkeypatch.setattr("unified_edit.editing.layer_loop.solve", solve)
     with refused(tiny, type(failure)):
         edit(tiny, tiny_tokenizer, [TOWER, VIENNA], SPREAD, statistics=tiny_statistics)
     # the model was partly edited when it happened, or the test says nothing

@@ -141,7 +141,7 @@ def test_threads_that_edit_one_model(tiny, tiny_tokenizer, tiny_statistics, thre
 def test_a_thread_that_fails_does_not_hold_up_others(
     tiny, tiny_tokenizer, tiny_statistics, threads, monkeypatch
 ) -> None:
-    where = "unified_edit.editing.writing.solve"
+    where = "unified_edit.editing.layer_loop.solve"
     monkeypatch.setattr(where, raising(Interrupted("stopped"), 1, print))
     threads.start(lambda: ue.edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics))
     with pytest.raises(Interrupted):

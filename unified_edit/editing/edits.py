@@ -183,7 +183,11 @@ class Edit:
 
     @contextmanager
     def applied(self) -> Iterator[Edit]:
-        """Inside, the edit is in force; after, the model is in the state that was found."""
+        """Inside, the edit is in force; after, the model is in the state that was found.
+
+        Meanwhile the model belongs to this thread: others that ask or edit it wait. So do not wait
+        inside for one of them.
+        """
         with self.ledger.state_kept():
             if not self.is_applied:
                 self.apply()
@@ -191,7 +195,10 @@ class Edit:
 
     @contextmanager
     def undone(self) -> Iterator[Edit]:
-        """Inside, the edit is not in force; after, the model is in the state that was found."""
+        """Inside, the edit is not in force; after, the model is in the state that was found.
+
+        As with `applied`, other threads wait meanwhile.
+        """
         with self.ledger.state_kept():
             if self.is_applied:
                 self.undo()

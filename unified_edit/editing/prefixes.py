@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import MethodError, ModelError, TokenizationError, brief
-from unified_edit.model.hooks import PLAIN_OUTPUT, quiet
+from unified_edit.model.hooks import PLAIN_OUTPUT, logits_of, quiet
 from unified_edit.model.prompts import Encoder
 
 #: The words that MEMIT's released code begins its sampled prefixes with.
@@ -127,8 +127,8 @@ def _next(
 ) -> torch.Tensor:
     """One sampled token for each row: (rows x 1)."""
     seen = torch.ones_like(rows)
-    output = model(rows, attention_mask=seen, use_cache=False, **PLAIN_OUTPUT)
-    logits = output.logits[:, -1].float().cpu()
+    output = model.base_model(rows, attention_mask=seen, use_cache=False, **PLAIN_OUTPUT)
+    logits = logits_of(model, output.last_hidden_state[:, -1]).float().cpu()
     if not torch.isfinite(logits).all():
         raise ModelError(
             "the model's logits are not finite: its weights are damaged or its "

@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import FactError, FactFileError, quote
-from unified_edit.facts.fact_files import Fields, read_objects
+from unified_edit.facts.json_objects import Fields, read_objects
 from unified_edit.facts.facts import Fact, Probe, Record
 
 logger = logging.getLogger(__name__)

@@ -179,9 +179,13 @@ class Ledger:
         self.fingerprint()
         totals: dict[str, Tensor] = {}
         before: dict[NamedWeight, Tensor] = {}
+        known = set(self._base)
 
         def add(weight: NamedWeight, update: Update) -> None:
             if weight.name not in totals:
+                # meanwhile its base is a copy, whatever stands in the weight
+                self._base.setdefault(weight.name, weight.parameter.detach().clone())
+                self._note([weight])
                 total = self.base_weight(weight).cpu().double()
                 for edit in self._active:
                     if weight.name in edit.updates:
@@ -196,17 +200,22 @@ class Ledger:
             yield add
         finally:
             _write(before)
+            self._base = {name: base for name, base in self._base.items() if name in known}
             self._note(list(before))
 
     @contextmanager
     def state_kept(self) -> Iterator[None]:
-        """Whatever is activated inside, the edits active before are active again after."""
-        before = self.active
-        try:
-            yield
-        finally:
-            if self.active != before:
-                self.activate(before)
+        """Whatever is activated inside, the edits active before are active again after.
+
+        Other threads that want to use the model wait until the block is left.
+        """
+        with lock_of(self.model):
+            before = self.active
+            try:
+                yield
+            finally:
+                if self.active != before:
+                    self.activate(before)
 
     @contextmanager
     def rollback(self) -> Iterator[None]:
