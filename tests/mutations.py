@@ -44,12 +44,14 @@ KEYS = ("tests/test_recipe.py", "-k", "test_keys and not atlas")
 VALUES = ("tests/test_values.py", "-k", "test_values and not atlas")
 WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and not atlas")
 EDITS = ("tests/test_edits.py",)
+FINGERPRINTS = ("tests/test_fingerprints.py", "tests/test_ledger.py")
 STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupted or batching")
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 
-#: The chapters about what those tests test. How files are damaged is nothing for a book.
+#: The chapters about what those tests test. How files are damaged, or a model is told from another,
+#: is nothing for a book.
 CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
     METRICS: (),
@@ -57,6 +59,7 @@ CHAPTERS = {
     VALUES: ("values",),
     WHOLE: ("spreading",),
     EDITS: ("first_edit", "rome"),
+    FINGERPRINTS: (),
     STATISTICS: ("preserving",),
     EVALUATION: ("a_fact",),
     BAD_INPUT: (),
@@ -165,7 +168,7 @@ FAULTS = (
           "elif tensor_hash(weight) != expected:", "elif False:", EDITS),
     Fault("a model's fingerprint taken from its edited weights", "model/ledger.py",
           "found = model_fingerprint(self.model, self._base)",
-          "found = model_fingerprint(self.model, {})", EDITS),
+          "found = model_fingerprint(self.model, {})", FINGERPRINTS),
     Fault("adapter not marked as transposed", "editing/peft_export.py",
           "fan_in_fan_out=fan_in_fan_out", "fan_in_fan_out=not fan_in_fan_out", EDITS),
     Fault("C0 counts padding", "statistics/collect.py",

@@ -11,7 +11,7 @@ import torch
 from recipe import TINY_FACTS
 
 import unified_edit as ue
-from unified_edit.editing import Values, editor, optimise_values, values_for, writing
+from unified_edit.editing import Values, editor, layer_loop, optimise_values, values_for
 from unified_edit.editing.values_cache import FORMAT
 from unified_edit.errors import FactError
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
@@ -42,7 +42,7 @@ def optimised(monkeypatch):
         return compute(parts, rows, *arguments, **keywords)
 
     compute = editor.compute_values
-    for module in (editor, writing):
+    for module in (editor, layer_loop):
         monkeypatch.setattr(module, "compute_values", noting)
     return lists
 

@@ -34,6 +34,9 @@ class Choice:
         """What the function gives."""
         return self.function(*arguments)
 
+    def __str__(self) -> str:
+        return self.name
+
     def __repr__(self) -> str:
         return repr(self.name)
 
