@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
+from unified_edit.editing.layer_loop import Written, not_taken, outcomes_of, write
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.plans import Plan, check_room, check_value_is_read, checked_values
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
 from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched, merged
 from unified_edit.editing.values import Values, compute_values
-from unified_edit.editing.layer_loop import Written, not_taken, outcomes_of, write
 from unified_edit.errors import MethodError, NullSpaceError, StatisticsError
 from unified_edit.facts import Fact, check_batch, check_items
 from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer, anatomy

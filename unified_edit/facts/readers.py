@@ -36,8 +36,8 @@ from collections.abc import Callable, Iterator
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import FactError, FactFileError, quote
-from unified_edit.facts.json_objects import Fields, read_objects
 from unified_edit.facts.facts import Fact, Probe, Record
+from unified_edit.facts.json_objects import Fields, read_objects
 
 logger = logging.getLogger(__name__)
 

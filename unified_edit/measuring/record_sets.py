@@ -13,8 +13,8 @@ import huggingface_hub
 from unified_edit.arguments import as_path, whole_number
 from unified_edit.atlas.records import atlas_records
 from unified_edit.errors import FactError, FactFileError
-from unified_edit.facts.json_objects import Fields
 from unified_edit.facts.facts import Record
+from unified_edit.facts.json_objects import Fields
 from unified_edit.facts.readers import as_records, read_records
 
 
