@@ -758,7 +758,7 @@ def test_an_edit_that_was_interrupted_is_in_nobody_s_way(
     def texts(stop: int | None):
         for number, text in enumerate(tiny_texts):
             if number == stop:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt  # what Ctrl-C is, where signals are not ignored
             yield text
 
     def files() -> list[str]:

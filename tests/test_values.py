@@ -69,7 +69,7 @@ def test_values(tiny_double, tiny_tokenizer, method):
 def test_values_of_atlas(precise):
     model, double, tokenizer, tolerance = precise
     method = ue.EMMET.replace(
-        layers=(1,), steps=8, stop_loss=1.0,
+        layers=(1,), steps=8, stop_loss=3.0,
         contexts=ue.Contexts(starts=("The", "I"), lengths=(6,)),
     )  # fmt: skip
     wanted = compare(model, double, tokenizer, FACTS, method, tolerance)
