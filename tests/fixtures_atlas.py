@@ -51,13 +51,6 @@ def atlas(_atlas):
     ue.Editor(*_atlas).reset()
 
 
-@pytest.fixture(scope="session")
-def atlas_statistics(_atlas, atlas_texts):
-    """C0 of the layers that the tests edit, from the default corpus."""
-    model, tokenizer = _atlas
-    return ue.KeyStatistics.collect(model, tokenizer, atlas_texts, (0, 1, 2), tokens=30_000)
-
-
 @pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["double", "single"])
 def precise(request, _atlas):
     """(model in the type under test, its double, tokenizer, tolerance)."""

@@ -61,12 +61,3 @@ def loop(method: ue.Method) -> dict[str, Any]:
         "clamp": method.clamp, "weight_decay": method.weight_decay,
         "kl_weight": method.kl_weight, "stop_loss": method.stop_loss,
     }  # fmt: skip
-
-
-def attention_in_float64(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """GPT-J makes attention weights in float32 whatever its own type, which would hide
-    everything below 1e-7."""
-    weights = (query @ key.transpose(-1, -2) / self.scale_attn + attention_mask).softmax(dim=-1)
-    return weights @ value, weights

@@ -173,6 +173,17 @@ def edited(model: Any, deltas: Mapping[int, Tensor], layers: Sequence[int] = ())
                 weight.copy_(before)
 
 
+def attention_in_float64(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `GPTJAttention._attn` must be for comparisons below 1e-7.
+
+    GPT-J computes its attention weights in float32, whatever its own type.
+    """
+    weights = (query @ key.transpose(-1, -2) / self.scale_attn + attention_mask).softmax(dim=-1)
+    return weights @ value, weights
+
+
 # --------------------------------------------------------------------------- text and tokens
 
 

@@ -391,6 +391,29 @@ def test_statistics_are_the_library_s(run, place, out):
         assert torch.equal(made.C0(layer), wanted.C0(layer))
 
 
+def test_the_work_is_kept_until_it_is_saved(run, place, out, monkeypatch):
+    monkeypatch.setattr(collect, "GROUP", 16)
+    monkeypatch.setattr(collect, "CHECKPOINT_TOKENS", 100)
+    sums = place / "sums"
+    command = (
+        "statistics", "--model", "model", "--layers", 0, "--texts", "texts.txt",
+        "--shrinkage", "1e-2", "--checkpoint", sums, "--out", out, "--force",
+    )  # fmt: skip
+
+    def no_room(self, path):
+        raise StatisticsFileError(f"{path} cannot be written")
+
+    with monkeypatch.context() as full:
+        full.setattr(ue.KeyStatistics, "save", no_room)
+        _, err = run(*command, code=1)
+    assert "cannot be written" in err
+    assert sums.exists()
+    _, err = run(*command)
+    assert "going on after" in err
+    assert not sums.exists()
+    assert ue.KeyStatistics.load(out).layers == (0,)
+
+
 def test_too_few_tokens_are_refused_unless_shrunk(run, out):
     few = ("statistics", "--model", "model", "--layers", 0, "--texts", "few.txt", "--out", out)
     text, err = run(*few, code=1)

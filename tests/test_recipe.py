@@ -16,7 +16,6 @@ import torch
 from recipe import (
     FACTS,
     TINY_FACTS,
-    attention_in_float64,
     contexts,
     loop,
     relative,
@@ -39,7 +38,7 @@ def doubles(make_gpt2, make_gptj, statistics_of):
 @pytest.fixture(params=["gpt2", "gptj"])
 def tiny_double(request, doubles, monkeypatch):
     """(family, a tiny model of it in float64, C0 of all its layers)."""
-    monkeypatch.setattr(GPTJAttention, "_attn", attention_in_float64)
+    monkeypatch.setattr(GPTJAttention, "_attn", reference.attention_in_float64)
     return request.param, *doubles[request.param]
 
 

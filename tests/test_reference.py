@@ -213,13 +213,6 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
-def attention_in_float64(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    weights = (query @ key.transpose(-1, -2) / self.scale_attn + attention_mask).softmax(dim=-1)
-    return weights @ value, weights
-
-
 @pytest.fixture(params=["gpt2", "gptj"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Three layers, width 24, inner width 96, weights large enough for every part to matter."""
@@ -230,9 +223,7 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     if request.param == "gpt2":
         net: Any = GPT2LMHeadModel(GPT2Config(**size))
     else:
-        # GPT-J computes attention weights in float32 whatever its own type, which would hide
-        # everything below 1e-7.
-        monkeypatch.setattr(GPTJAttention, "_attn", attention_in_float64)
+        monkeypatch.setattr(GPTJAttention, "_attn", ref.attention_in_float64)
         net = GPTJForCausalLM(GPTJConfig(**size, rotary_dim=4))
     for name, parameter in net.named_parameters():
         if name.endswith("bias"):

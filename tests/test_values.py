@@ -12,7 +12,6 @@ import torch
 from recipe import (
     FACTS,
     TINY_FACTS,
-    attention_in_float64,
     contexts,
     loop,
     relative,
@@ -27,7 +26,7 @@ from unified_edit.editing import optimise_values
 @pytest.fixture(params=["gpt2", "gptj"])
 def tiny_double(request, make_gpt2, make_gptj, monkeypatch):
     """(family, a tiny model of it in float64)."""
-    monkeypatch.setattr(GPTJAttention, "_attn", attention_in_float64)
+    monkeypatch.setattr(GPTJAttention, "_attn", reference.attention_in_float64)
     make = {"gpt2": make_gpt2, "gptj": make_gptj}[request.param]
     return request.param, make(2, torch.float64)
 

@@ -6,6 +6,7 @@ nobody waits for a model to load, or for an edit, to be told of a misspelt name.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from argparse import Namespace
 from collections.abc import Mapping
@@ -163,9 +164,12 @@ def run_statistics(args: Namespace) -> Result:
         texts, tokens = default_corpus(model), tokens or TOKENS_PER_DIMENSION * max(widths)
     made = KeyStatistics.collect(
         model, tokenizer, texts, args.layers,
-        tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint,
+        tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint, keep_checkpoint=True,
     )  # fmt: skip
-    made.save(args.out)
+    made.save(args.out)  # where this fails, the checkpoint still holds the work
+    if args.checkpoint is not None:
+        with contextlib.suppress(OSError):  # none was written
+            args.checkpoint.unlink(missing_ok=True)
     layers = [
         {"layer": layer, "d_k": made.metric(layer).dim, "agreement": made.convergence(layer)}
         for layer in made.layers

@@ -139,6 +139,7 @@ class KeyStatistics:
         shrinkage: float = 0.0,
         tokens: int | None = None,
         checkpoint: str | Path | None = None,
+        keep_checkpoint: bool = False,
         batch_tokens: int = 8192,
     ) -> KeyStatistics:
         """Run the texts through the model and sum k k' at the given layers.
@@ -146,9 +147,10 @@ class KeyStatistics:
         Each text stands alone, cut after `max_tokens` tokens (at most the model's limit). With
         `tokens`, no more texts are drawn once that many tokens were counted. With
         `checkpoint`, a path, the sums are saved there about every minute of work; called again
-        with the same texts, an interrupted run goes on from there, and the file is removed when
-        it is done. On an edited model the statistics of its base are collected: the edits are
-        taken out meanwhile and put back bit for bit.
+        with the same texts, an interrupted run goes on from there. The file is removed when it is
+        done, unless `keep_checkpoint` says that it is to stay until the result is saved. On an
+        edited model the statistics of its base are collected: the edits are taken out meanwhile
+        and put back bit for bit.
 
         Raises StatisticsError for fewer than 2*d_k tokens, unless `shrinkage` is given, for
         texts that are no strings, and for a checkpoint made from something else; ModelError for
@@ -181,7 +183,7 @@ class KeyStatistics:
             source, moments, agreement = collect(job, texts)
             made = cls(source, {**moments}, agreement)
             made._look_at()
-        if place is not None:
+        if place is not None and not keep_checkpoint:
             with contextlib.suppress(OSError):  # none was written: no reason to lose the work
                 place.unlink(missing_ok=True)
         return made
