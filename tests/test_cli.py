@@ -391,6 +391,16 @@ def test_statistics_are_the_library_s(run, place, out):
         assert torch.equal(made.C0(layer), wanted.C0(layer))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_behind_the_output_is_said_in_one_line(place):
+    command = [sys.executable, "-m", "unified_edit", "ask", "--model", str(place / "model"), "The"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: the output cannot be written: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_work_is_kept_until_it_is_saved(run, place, out, monkeypatch):
     monkeypatch.setattr(collect, "GROUP", 16)
     monkeypatch.setattr(collect, "CHECKPOINT_TOKENS", 100)

@@ -299,13 +299,17 @@ def perform(args: argparse.Namespace) -> int:
     try:
         with _all_to_stderr():
             result = COMMANDS[args.command](args)
-        _say(to_json(result.document) if args.json else result.text)
     except UnifiedEditError as problem:
         print(f"error: {problem}", file=sys.stderr)
         if hint := _hint(problem):
             print(f"hint: {hint}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # the reader of our output went away; Python would say so again
+    try:
+        _say(to_json(result.document) if args.json else result.text)
+    except OSError as problem:
+        if not isinstance(problem, BrokenPipeError):  # there the reader of our output went away
+            print(f"error: the output cannot be written: {problem.strerror}", file=sys.stderr)
+        # Python would try again, and say so, when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     return OK
