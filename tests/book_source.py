@@ -13,7 +13,7 @@ from checkout import ROOT
 BOOK = ROOT / "book"
 #: The chapters of each part, in the order of reading.
 PARTS = (
-    ("a_fact", "locating", "memory", "preserving"),
+    ("a_fact", "locating", "memory", "storage", "preserving", "judging"),
     ("objective", "rome", "memit", "emmet", "bridge", "values", "spreading"),
 )
 

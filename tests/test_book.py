@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import inspect
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -146,8 +148,118 @@ def test_a_figure_is_the_only_output_of_its_cell(name: str) -> None:
         if "figure" in cell["metadata"].get("mystnb", {}):
             kinds = [set(output.get("data", {})) for output in cell["outputs"]]
             assert len(kinds) == 1, f"code cell {number}: {kinds}"
-            assert "image/png" in kinds[0], f"code cell {number}"
+            drawn = "ue-drawing" in cell["outputs"][0]["data"].get("text/html", "")
+            assert "image/png" in kinds[0] or drawn, f"code cell {number}"
             assert cell["metadata"]["mystnb"]["figure"].get("caption", "").strip()
+
+
+# --- what a page shows of its code ----------------------------------------------------------------
+
+#: What a folded cell says of itself, and what it then has to hold.
+FOLDED = {
+    "Show the code of this figure": r"plt\.show\(\)|slider\(",
+    "Show the check": r"\bassert\b",
+    "Show the set-up": r"\bimport\b|\bdef\b|=",
+}
+#: Lines of code that a chapter may show: half of what it showed when all of it was open.
+SHOWN_LINES = {
+    ("first_edit",): 48,
+    ("a_fact", "judging"): 178,
+    ("locating",): 123,
+    ("memory", "storage"): 176,
+    ("preserving",): 187,
+    ("objective",): 214,
+    ("rome",): 210,
+    ("memit",): 157,
+    ("emmet",): 210,
+    ("bridge",): 293,
+    ("values",): 226,
+    ("spreading",): 228,
+    ("which_method",): 41,
+}
+COLUMNS = 80
+#: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.
+FIGURE_WIDTH = 560
+
+
+def cells_of(name: str) -> list[Any]:
+    """The code cells of a notebook, with metadata and outputs."""
+    cells: list[Any] = tools.code_cells(tools.read(BOOK / f"{name}.ipynb"))
+    return cells
+
+
+def is_folded(cell: Any) -> bool:
+    return bool({"hide-input", "remove-input"} & set(cell["metadata"].get("tags", [])))
+
+
+@pytest.mark.parametrize("name", [page.name for page in notebooks()])
+def test_folded_cells_say_what_they_are(name: str) -> None:
+    for number, cell in enumerate(cells_of(name), start=1):
+        tags, source = set(cell["metadata"].get("tags", [])), cell["source"]
+        assert not {"hide-cell", "hide-output", "remove-cell", "remove-output"} & tags, number
+        if "remove-input" in tags:  # only a drawing has no code that anybody would look for
+            assert re.fullmatch(r"(from [^\n]+\n+)*drawings\.\w+\([^\n]*\)", source), number
+        if "hide-input" in tags:
+            said = cell["metadata"]["mystnb"]["code_prompt_show"]
+            assert re.search(FOLDED[said], source), f"code cell {number}: {said}"
+            unsaid = [
+                ast.unparse(node)
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Assert) and node.msg is None
+            ]
+            assert unsaid == [], f"code cell {number}: asserts without a message"
+
+
+@pytest.mark.parametrize("names", SHOWN_LINES)
+def test_prose_leads(names: tuple[str, ...]) -> None:
+    shown = sum(
+        bool(line.strip())
+        for name in names
+        for cell in cells_of(name)
+        if not is_folded(cell)
+        for line in cell["source"].splitlines()
+    )
+    assert shown <= SHOWN_LINES[names]
+
+
+@pytest.mark.parametrize("name", [page.name for page in notebooks()])
+def test_code_is_as_wide_as_a_page(name: str) -> None:
+    wide = [
+        (number, line)
+        for number, cell in enumerate(cells_of(name), start=1)
+        for line in cell["source"].splitlines()
+        if len(line) > COLUMNS
+    ]
+    assert wide == []
+
+
+@pytest.mark.parametrize("name", [page.name for page in notebooks()])
+def test_figures_are_not_wider_than_a_phone_can_show(name: str) -> None:
+    for number, cell in enumerate(cells_of(name), start=1):
+        for output in cell["outputs"]:
+            if picture := output.get("data", {}).get("image/png"):
+                data = base64.b64decode(picture)
+                width = int.from_bytes(data[16:20], "big")  # of the header of a PNG
+                assert width <= FIGURE_WIDTH, f"code cell {number}: {width} pixels"
+
+
+@pytest.mark.parametrize("name", ["first_edit", *(name for part in PARTS for name in part)])
+def test_every_chapter_has_something_to_move(name: str) -> None:
+    pages = [
+        output.get("data", {}).get("text/html", "")
+        for cell in cells_of(name)
+        for output in cell["outputs"]
+    ]
+    assert any("ue-slider" in page for page in pages)
+
+
+def test_a_letter_has_one_meaning() -> None:
+    """No symbol stands twice in the tables of notation."""
+    text = (BOOK / "notation.md").read_text(encoding="utf-8")
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("| $")]
+    symbols = [part.strip() for cell in first for part in cell.split(", ")]
+    assert len(symbols) > 40
+    assert [symbol for symbol, count in Counter(symbols).items() if count > 1] == []
 
 
 WINDOW = 4

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -314,6 +315,36 @@ WIDE = """width => {
 DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
+#: Displays that leave their box or meet their number, and formulas in the text that leave their
+#: paragraph: how far (pixels), and what they say.
+CUT_OFF = """() => {
+  const found = [];
+  const note = (over, e) => {
+    if (over > 1) {
+      const says = e.querySelector('mjx-assistive-mml')?.textContent ?? '';
+      found.push(`${Math.round(over)} px: ${e.id || e.tagName} ${says.trim().slice(0, 60)}`);
+    }
+  };
+  for (const e of document.querySelectorAll('main :is(div.math, span.math)')) {
+    const inside = [...e.querySelectorAll('mjx-math, mjx-math > *, mjx-mtable')];
+    const boxes = inside.map(part => part.getBoundingClientRect()).filter(box => box.width);
+    if (!boxes.length) continue;
+    const left = Math.min(...boxes.map(box => box.left));
+    const right = Math.max(...boxes.map(box => box.right));
+    const around = e.matches('div') ? e : e.parentElement.closest('p, li, td, th, dd, dt, div');
+    const room = around.getBoundingClientRect();
+    note(Math.max(room.left - left, right - room.right), e);
+    const number = e.querySelector(':scope > .eqno')?.getBoundingClientRect();
+    const top = Math.min(...boxes.map(box => box.top));
+    const bottom = Math.max(...boxes.map(box => box.bottom));
+    if (number && number.top < bottom && number.bottom > top) note(right - number.left, e);
+  }
+  return found;
+}"""
+#: Media and widths at which every equation is whole; the last is an A4 sheet with its margins.
+READERS = (("screen", 390), ("screen", 1280), ("screen", 1400), ("print", 718))
+
+
 class Shown:
     """Tests of every page that is shown. They run in this order, on one visit.
 
@@ -366,6 +397,19 @@ class Shown:
         shown.page.evaluate(STILL)
         assert serious_findings(shown.page, ["color-contrast"]) == []
 
+    def test_every_equation_is_whole_on_each_screen_and_on_paper(self, shown: Visit) -> None:
+        shown.page.evaluate(UNFOLD)
+        cut = {}
+        for media, width in READERS:
+            shown.page.emulate_media(media=media)
+            shown.page.set_viewport_size({"width": width, "height": 900})
+            shown.page.wait_for_function("width => innerWidth === width", arg=width)
+            shown.page.evaluate(DRAWN)
+            if found := shown.page.evaluate(CUT_OFF):
+                cut[media, width] = found
+        shown.page.emulate_media(media="screen")
+        assert cut == {}
+
     def test_nothing_is_wider_than_a_phone(self, shown: Visit) -> None:
         """Last of a page's tests: it changes the size of the window."""
         shown.page.evaluate(UNFOLD)
@@ -411,7 +455,7 @@ class WithSlider(Chapter):
         boxes = shown.page.locator(".ue-slider")
         for place in range(boxes.count()):
             box = boxes.nth(place)
-            handle, pictures = box.locator("input"), box.locator("img")
+            handle, pictures = box.locator("input"), box.locator("img, .ue-state")
             last = pictures.count() - 1
             for key, state in (("Home", 0), ("ArrowRight", 1), ("End", last)):
                 handle.press(key)
@@ -420,6 +464,8 @@ class WithSlider(Chapter):
                 name = pictures.nth(state).get_attribute("data-state")
                 assert box.locator("output").text_content() == name
                 assert handle.get_attribute("aria-valuetext") == name
+                said = box.locator(".ue-says:visible")
+                assert said.count() == 1 and said.text_content().strip(), "nothing is said of it"
         shown.page.emulate_media(media="print")
         assert not any(boxes.nth(place).is_visible() for place in range(boxes.count()))
         shown.page.emulate_media(media="screen")
@@ -469,3 +515,9 @@ def test_search_finds_pages_without_a_network(alone: Visit) -> None:
     links = alone.page.eval_on_selector_all("#search-results li a", "a => a.map(e => e.href)")
     assert any("first_edit.html" in link for link in links)
     assert alone.requests == []
+
+
+def test_the_derivation_is_printed_on_one_sheet(alone: Visit) -> None:
+    alone.open("derivation.html")
+    printed = alone.page.pdf(format="A4", prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 1

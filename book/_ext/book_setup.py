@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 #: Extensions beside this file that come with it.
-OTHERS = ("api_docs", "executed_with", "recall")
+OTHERS = ("api_docs", "drawing", "executed_with", "recall")
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 

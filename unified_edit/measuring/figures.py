@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from unified_edit.errors import FactError, UnifiedEditError
 
@@ -28,7 +28,9 @@ NAMED_CURVES = 6
 #: Wider heat maps have a colour bar instead of numbers in their cells.
 NUMBERED_COLUMNS = 12
 #: Characters of a label before it is broken.
-LABEL_WIDTH = 38
+LABEL_WIDTH = 30
+#: Inches: wider figures shrink on a phone until nobody can read them.
+WIDTH = 5.4
 
 
 def plotting() -> tuple[Any, Any]:
@@ -50,7 +52,7 @@ def style() -> Iterator[list[tuple[float, float, float]]]:
     palette = list(sns.color_palette("colorblind"))
     settings = {
         **sns.axes_style("whitegrid"),
-        **sns.plotting_context("notebook", font_scale=0.9),
+        **sns.plotting_context("notebook", font_scale=1.0),
         "axes.prop_cycle": plt.cycler(color=palette),
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -73,7 +75,8 @@ def probability_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Probabilities before and after an edit: two bars for each row of `compare`'s table.
 
     table: columns prompt, target, before, after. With one prompt it is the title and the
-    targets are the labels; with several, labels hold both. Raises FactError for an empty table.
+    targets are the labels; with several, labels hold both. The probability of a target of several
+    tokens is their geometric mean. Raises FactError for an empty table.
     """
     if len(table) == 0:
         raise FactError("there is nothing to draw: the table has no rows.")
@@ -84,7 +87,7 @@ def probability_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         for prompt, target in zip(prompts, table["target"], strict=True)
     ]
     with style() as palette:
-        ax = _axes(ax, 6.4, 0.9 + 0.55 * len(labels))
+        ax = _axes(ax, WIDTH, 1.2 + 0.6 * len(labels))
         height = 0.38
         for place, name in enumerate(("before", "after")):
             bars = ax.barh(
@@ -97,16 +100,16 @@ def probability_bars(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 hatch=HATCHES[place],
                 label=f"{name} the edit",
             )
-            ax.bar_label(bars, fmt="{:.2g}", padding=3, fontsize="small")
+            ax.bar_label(bars, fmt="{:.2f}", padding=3, fontsize="small")
         ax.set_yticks(range(len(labels)), labels)
         ax.invert_yaxis()
         ax.grid(visible=False, axis="y")
         ax.set_xlim(0, 1.12)  # room for the number behind a bar of length one
         ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-        ax.set_xlabel("probability per token (geometric mean)")
+        ax.set_xlabel("probability per token")
         if single:
-            ax.set_title(fill(f"{prompts[0]} …", 2 * LABEL_WIDTH))
-        _legend(ax)
+            ax.set_title(fill(f"{prompts[0]} …", 2 * LABEL_WIDTH), pad=28)
+        _legend(ax, "right")  # the labels leave the drawing half of the width
     return ax
 
 
@@ -137,7 +140,7 @@ def score_bars(
         for name, values in series.items()
     }
     with style() as palette:
-        ax = _axes(ax, 1.6 + 1.6 * len(shown), 3.6)
+        ax = _axes(ax, min(WIDTH, 1.6 + 1.6 * len(shown)), 3.6)
         width = 0.8 / len(series)
         for place, (name, values) in enumerate(series.items()):
             offset = (place - (len(series) - 1) / 2) * width
@@ -173,7 +176,7 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
     """
     plt, _ = plotting()
     with style() as palette:
-        ax = _axes(ax, 6.4, 3.6)
+        ax = _axes(ax, WIDTH, 3.6 if len(edit.facts) <= NAMED_CURVES else 3.3)
         named = len(edit.facts) <= NAMED_CURVES
         for place, (fact, outcome) in enumerate(zip(edit.facts, edit.outcomes, strict=True)):
             label = f"{fact.subject} → {fact.target_new}"
@@ -200,8 +203,9 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
 
 
 def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
-    """Heat maps of tables, side by side, on one colour scale that begins at 0: a column a layer.
+    """Heat maps of tables on one colour scale that begins at 0: a column a layer.
 
+    They stand side by side where the page is wide enough, and below each other otherwise.
     frames: by title, such as what `Trace.effects` gives. axes: as many `Axes` as tables, or None
     for a new figure. Small tables have their numbers in the cells, larger ones a colour bar.
     Returns the `Axes`, or an array of them if there are several tables. Raises FactError if there
@@ -216,9 +220,17 @@ def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
     numbered = columns <= NUMBERED_COLUMNS
     with style():
         if axes is None:
-            width = 1.6 + len(frames) * max(1.6, min(4.0, 0.36 * columns))
-            size = (width, 1.1 + 0.32 * rows)
-            _, axes = plt.subplots(1, len(frames), figsize=size, sharey=True, layout="constrained")
+            width, height = max(1.6, min(4.0, 0.42 * columns)), 1.1 + 0.36 * rows
+            beside = 1.6 + len(frames) * width <= WIDTH
+            _, axes = plt.subplots(
+                *((1, len(frames)) if beside else (len(frames), 1)),
+                figsize=(1.6 + len(frames) * width, height)
+                if beside
+                else (1.6 + width, len(frames) * height),
+                sharex=not beside,
+                sharey=beside,
+                layout="constrained",
+            )
         each = list(np.ravel(axes))
         if len(each) != len(frames):
             raise FactError(f"there are {len(frames)} tables to draw, and {len(each)} axes.")
@@ -248,13 +260,24 @@ def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
             ax.set_ylim(len(frame), 0)  # the first row on top
             ax.grid(visible=False)
             ax.tick_params(length=0)
-            ax.set_xlabel(str(frame.columns.name or ""))
             ax.set_title(title)
+            if ax.get_subplotspec() is None or ax.get_subplotspec().is_last_row():
+                ax.set_xlabel(str(frame.columns.name or ""))
         if not numbered:
             each[0].figure.colorbar(mesh, ax=each, label="effect", extend="min")
     return each[0] if len(each) == 1 else np.array(each)
 
 
-def _legend(ax: Axes) -> None:
-    """A legend beside the drawing, where it hides nothing."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize="small")
+def _legend(ax: Axes, side: Literal["left", "right"] = "left") -> None:
+    """A legend above the drawing, where it hides nothing and takes none of its width."""
+    names = ax.get_legend_handles_labels()[1]
+    columns = min(len(names), max(1, 2 * LABEL_WIDTH // (6 + max(map(len, names), default=1))))
+    ax.legend(
+        loc=f"lower {side}",
+        bbox_to_anchor=(float(side == "right"), 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize="small",
+        borderpad=0.1,
+        columnspacing=1.2,
+    )

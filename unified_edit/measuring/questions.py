@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def judge(kind: str, new: Likelihood, true: Likelihood | None) -> dict[str, Any]:
     """The columns of one prompt: logp_new, logp_true, success, magnitude, generated.
 
-    What is averaged in :eq:`fact-success` and :eq:`fact-magnitude`. `new` and `true`: of o* and
-    oc, or of a probe's `expected` and `foil`. See `Report`.
+    What is averaged in :eq:`judging-success` and :eq:`judging-magnitude`. `new` and `true`: of
+    o* and oc, or of a probe's `expected` and `foil`. See `Report`.
     """
     import pandas as pd
 

@@ -116,7 +116,7 @@ def check_bootstrap(bootstrap: object) -> int:
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
     """Harmonic mean over the first axis of numbers >= 0: 0 where one is 0, NaN where one is.
 
-    :eq:`fact-harmonic`.
+    :eq:`judging-harmonic`.
     """
     import numpy as np
 

@@ -29,8 +29,9 @@ DOTS_PER_INCH, COLOURS = 120, 96
 _MOVE = (
     "const box = this.closest('.ue-slider'); "
     "box.querySelectorAll('img').forEach((picture, i) => { picture.hidden = i != this.value; }); "
-    "const name = box.querySelectorAll('img')[this.value].dataset.state; "
+    "const shown = box.querySelectorAll('img')[this.value], name = shown.dataset.state; "
     "box.querySelector('output').textContent = name; "
+    "box.querySelector('.ue-says').textContent = shown.alt; "
     "this.setAttribute('aria-valuetext', name);"
 )
 
@@ -66,7 +67,8 @@ def slider(
     draw: makes the Matplotlib figure of a state; it is closed afterwards.
     states: in order; a pair (name, state) is shown by its name, anything else by its ``str``.
     label: what the slider changes, such as "λ".
-    describe: the alternative text of a state's picture, for readers who cannot see it.
+    describe: what is to be seen in a state's picture. It stands beneath the picture, and is its
+        alternative text for readers who cannot see it.
     start: index of the state that is shown first; the middle one by default.
 
     Raises UnifiedEditError for fewer than two states, an index that is none, or an empty
@@ -78,7 +80,7 @@ def slider(
     first = len(pairs) // 2 if start is None else start
     if not 0 <= first < len(pairs):
         raise UnifiedEditError(f"start is {start}; the states are numbered 0 to {len(pairs) - 1}")
-    pictures = []
+    pictures, texts = [], []
     for index, (name, state) in enumerate(pairs):
         text = describe(state).strip()
         if not text:
@@ -87,12 +89,15 @@ def slider(
             f'<img src="data:image/png;base64,{_png(draw(state))}" alt="{escape(text)}" '
             f'data-state="{escape(name)}"{"" if index == first else " hidden"}>'
         )
+        texts.append(text)
     shown = escape(pairs[first][0])
     html = (
         '<div class="ue-slider">\n'
         f'<label>{escape(label)} <input type="range" min="0" max="{len(pairs) - 1}" step="1" '
         f'value="{first}" aria-valuetext="{shown}" oninput="{escape(_MOVE)}"></label> '
-        f"<output>{shown}</output>\n" + "\n".join(pictures) + "\n</div>"
+        f"<output>{shown}</output>\n"
+        + "\n".join(pictures)
+        + f'\n<p class="ue-says" aria-hidden="true">{escape(texts[first])}</p>\n</div>'
     )
     return Slider(label, tuple(name for name, _ in pairs), html)
 
