@@ -61,7 +61,7 @@ CHAPTERS = {
     EDITS: ("first_edit", "rome"),
     FINGERPRINTS: (),
     STATISTICS: ("preserving",),
-    EVALUATION: ("a_fact",),
+    EVALUATION: ("judging",),
     BAD_INPUT: (),
     TRACING: ("locating",),
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import unified_edit as ue
 from unified_edit import exercises
-from unified_edit.teaching.exercises import ExerciseError, checking
+from unified_edit.teaching.exercises import ExerciseError, calling, checking
 
 CHAPTERS = {page.name: page for page in notebooks()}
 CALL = re.compile(r"^# (?P<call>ue\.exercises\.(?P<check>check_\w+)\((?P<function>\w+)\))")
@@ -43,12 +43,16 @@ class Stub:
     exercise: Block | None
 
     def solution(self) -> str:
-        """The code of the solution: the one Python block that defines the function."""
+        """The code of the solution: the one Python block that defines the function.
+
+        It is looked for in all chapters, so that an exercise may move to another one.
+        """
         assert self.exercise is not None, "no exercise stands before the cell"
         label = self.exercise.options["label"]
         (solution,) = [
             block
-            for block in CHAPTERS[self.chapter].directives("solution")
+            for chapter in CHAPTERS.values()
+            for block in chapter.directives("solution")
             if block.argument == label
         ]
         codes = [
@@ -156,10 +160,16 @@ def test_hints_are_folded(name: str) -> None:
             assert admonition.options.get("class") == "dropdown"
 
 
+#: Chapters with fewer exercises, and with fewer that are checked: they are halves of one chapter,
+#: and what *storage* asks is a matter of reading, not of writing a function.
+FEWER = {"a_fact": (3, 1), "storage": (3, 0)}
+
+
 @pytest.mark.parametrize("name", [name for part in PARTS for name in part])
 def test_a_chapter_has_four_exercises_and_two_checks(name: str) -> None:
-    assert len(CHAPTERS[name].directives("exercise")) >= 4
-    assert len([stub for stub in STUBS if stub.chapter == name]) >= 2
+    exercises, checks = FEWER.get(name, (4, 2))
+    assert len(CHAPTERS[name].directives("exercise")) >= exercises
+    assert len([stub for stub in STUBS if stub.chapter == name]) >= checks
 
 
 def solution_codes(chapter: Page) -> list[str]:
@@ -267,17 +277,17 @@ def divides(K: Tensor) -> float:
 )
 def test_functions_that_fail_are_told_why(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(ExerciseError, match=message):
-        checking.call(function, torch.ones(3))
+        calling.call(function, torch.ones(3))
 
 
 def test_a_function_gets_copies_and_gives_back_its_result() -> None:
     K = torch.ones(3)
-    assert torch.equal(checking.call(double, K), 2 * K)
+    assert torch.equal(calling.call(double, K), 2 * K)
     with pytest.raises(ExerciseError, match="changed"):
-        checking.call(works_in_place, K)
+        calling.call(works_in_place, K)
     assert torch.equal(K, torch.ones(3))
-    assert checking.call(len, [1, 2]) == 2
-    assert checking.call(lambda K, *, lam: lam, K, lam=0.5) == 0.5
+    assert calling.call(len, [1, 2]) == 2
+    assert calling.call(lambda K, *, lam: lam, K, lam=0.5) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -298,9 +308,9 @@ def test_any_change_of_an_argument_is_noticed(change: Callable[[Any], Any]) -> N
         "set": {1},
         "nan": math.nan,
     }
-    assert checking.call(lambda values: 1, values) == 1
+    assert calling.call(lambda values: 1, values) == 1
     with pytest.raises(ExerciseError, match="changed its argument `values`"):
-        checking.call(lambda values: (change(values), 1), values)
+        calling.call(lambda values: (change(values), 1), values)
 
 
 @pytest.mark.parametrize(
@@ -311,9 +321,9 @@ def test_any_change_of_an_argument_is_noticed(change: Callable[[Any], Any]) -> N
         (torch.ones(2, 3, 4), (3, 2, 4), "axes are in another order"),
         (torch.ones(3), (), r"shape \(\) \(one number\).* one number is asked for"),
         (torch.ones(4), (3,), r"yours has \(4,\)$"),
-        ((torch.ones(3), 1), (3,), "one tensor, and you returned a tuple of 2"),
+        ((torch.ones(3), 1), (3,), "one tensor .*, and you returned a tuple of 2"),
         ("W", (3,), "you returned a str"),
-        (torch.tensor([1.0, math.inf]), (2,), "not finite"),
+        (torch.tensor([1.0, math.inf]), (2,), "must be finite"),
         (torch.ones(2, dtype=torch.complex64), (2,), "complex"),
     ],
     ids=range(9),
@@ -341,7 +351,7 @@ A = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     [
         (A.T, "it is the transpose"),
         (-A, "its sign is the wrong way round"),
-        (A / 2, r"it is 0\.5 times what it should be"),
+        (A / 2, r"it is 0\.5 times what it should be$"),
         (0 * A, "it is zero"),
         (A + 1, "the mean was subtracted"),
         (A + torch.eye(2), r"its entries differ from the right ones, by 0\.26 relative"),

@@ -225,6 +225,15 @@ def in_a_loop(C0: Tensor, K: Tensor, R: Tensor, lams: Tensor) -> list[list[float
     return [list(column) for column in zip(*found, strict=True)]
 
 
+def without_delta(C0: Tensor, K: Tensor, R: Tensor, lams: Tensor) -> list[list[float]]:
+    """By functions of the Gram matrix, one lambda after another."""
+    G, found = K.T @ torch.linalg.solve(C0, K), []
+    for lam in lams.tolist():
+        left = torch.linalg.solve(G + lam * eye(len(G)), R.T).T
+        found.append([float(((left @ G) * left).sum()), lam**2 * float(left.square().sum())])
+    return [list(column) for column in zip(*found, strict=True)]
+
+
 def thin(C0: Tensor, K: Tensor, R: Tensor, lams: Tensor) -> tuple[Tensor, Tensor]:
     _, _, s, Vt = svd_of(C0, K)
     keep = s > 1e-8 * s[0]
@@ -269,7 +278,7 @@ def terms(
         (check_filter, by_pinv),
         (check_filter, with_filter(lambda s, lam: 1 / (s + lam / s))),
         (check_frontier, both_errors),
-        (check_frontier, in_a_loop),
+        (check_frontier, without_delta),
         (check_frontier, changed(lambda P, M: torch.stack([P, M]))),
     ],
     ids=range(11),
@@ -341,6 +350,11 @@ def bracketed(f: Callable[[Tensor, Tensor, float, float], Tensor]) -> Callable[.
         (check_filter, transposed, "returns V'"),
         (check_filter, with_filter(lambda s, lam: s / (s**2 + lam), cut=0.0), "is enormous"),
         (check_filter, with_filter(lambda s, lam: s / (s**2 + lam), cut=1e-3), "taken for equal"),
+        (
+            check_filter,
+            with_filter(lambda s, lam: s / (s**2 + (lam or 1e-9 * (s[-1] < 1e-4)))),
+            "this is the update for lam = 1e-09, and not for the lam = 0",
+        ),
         (check_frontier, None, "was given nothing"),
         (check_frontier, lambda C0, K, R, lams: None, "returned nothing"),
         (check_frontier, changed(lambda P, M: P), "two things are asked for"),
@@ -357,6 +371,12 @@ def bracketed(f: Callable[[Tensor, Tensor, float, float], Tensor]) -> Callable[.
             r"divided by \|R\|",
         ),
         (check_frontier, thin, "are left out"),
+        (check_frontier, in_a_loop, "the numbers are right. But `in_a_loop` computes Delta"),
+        (
+            check_filter,
+            lambda C0, K, R, lam: by_bracket(C0, K, R, 2 * lam),
+            "2 times the lam = 0.7",
+        ),
         (check_frontier, terms(P=lambda s, lam, w: w * (s / (s + lam)) ** 2), "what is written"),
         (check_frontier, terms(P=lambda s, lam, w: w * s / (s + lam)), "the filter is not squared"),
         (check_frontier, terms(P=lambda s, lam, w: w / (s + lam) ** 2), "numerator s_i"),
@@ -365,7 +385,7 @@ def bracketed(f: Callable[[Tensor, Tensor, float, float], Tensor]) -> Callable[.
         (check_frontier, terms(M=lambda s, lam, w: w * lam / (s + lam)), "is not squared"),
         (check_frontier, terms(M=lambda s, lam, w: (lam / (s + lam)) ** 2), "is missing"),
     ],
-    ids=range(50),
+    ids=range(53),
 )
 def test_wrong_solutions_are_told_why(check: Check, wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):

@@ -225,6 +225,31 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
             lambda C0, K, R, lam: ue.objective.solve(C0, K, R).delta,
             "limit lam -> 0",
         ),
+        (
+            check_least_squares,
+            lambda C0, K, R, lam: by_gram(C0, K, R, 2 * lam),
+            "this is the update for lam = 1.4, 2 times the lam = 0.7 that you were given",
+        ),
+        (
+            check_least_squares,
+            lambda C0, K, R, lam: by_gram(C0, K, R, lam * 1.0001),
+            "for a lam that is off by 1.0e-04 of itself",
+        ),
+        (
+            check_least_squares,
+            lambda C0, K, R, lam: by_gram(C0, K, R, lam) + 1.0,
+            r"its entries differ.* Its objective is [\d.]+ times the smallest",
+        ),
+        (
+            check_least_squares,
+            lambda C0, K, R, lam: R @ K.T @ torch.linalg.inv(lam * C0 + K @ K.T),
+            "the numbers are right. But your function makes an inverse",
+        ),
+        (
+            check_written_share,
+            lambda C0, K, lam: written_shares(C0, K, 2 * lam),
+            "these are the shares for lam = 6, 2 times",
+        ),
         (check_written_share, None, "was given nothing"),
         (check_written_share, lambda C0, K, lam: ..., "returned nothing"),
         (check_written_share, lambda C0, K, lam: 1 - written_shares(C0, K, lam), "is missing;"),
@@ -253,6 +278,11 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
         (check_next_batch, lambda C0, P, K, R, lam: by_gram(C0, K, R, lam), "are left out"),
         (
             check_next_batch,
+            lambda C0, P, K, R, lam: bracket(C0, K, R, lam, 2 * lam * C0 + P @ P.T + K @ K.T),
+            "this is the update for lam = 1, 2 times",
+        ),
+        (
+            check_next_batch,
             lambda C0, P, K, R, lam: by_gram(C0 + P @ P.T, K, R, lam),
             "multiplied by lam",
         ),
@@ -272,7 +302,7 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
             "new keys are missing",
         ),
     ],
-    ids=range(31),
+    ids=range(37),
 )
 def test_wrong_solutions_are_told_why(check: Check, wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):

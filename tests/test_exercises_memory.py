@@ -181,18 +181,47 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
             lambda K, V: V @ (K / K.square().sum(0)).T,
             "only where keys are orthogonal",
         ),
-        (check_associative_memory, with_more, "not the smallest such matrix"),
-        (check_associative_memory, by_gram, "."),
+        (check_associative_memory, with_more, "W is not the smallest such matrix"),
+        (
+            check_associative_memory,
+            by_gram,
+            r"for 6 keys with 3 entries, `by_gram` inverts a 6 x 6 matrix that has no inverse",
+        ),
+        (
+            check_associative_memory,
+            lambda K, V: V @ torch.linalg.solve(K.T @ K, K.T),
+            "6 x 6 matrix that has no inverse",
+        ),
+        (
+            check_associative_memory,
+            lambda K, V: V @ K.T @ torch.linalg.inv(K @ K.T),
+            "for 3 keys with 5 entries, your function inverts a 5 x 5 matrix",
+        ),
+        (
+            check_associative_memory,
+            lambda K, V: by_gram(K, V) if K.shape[1] < 4 else smallest_memory(K, V),
+            "of which two are the same, your function inverts a 3 x 3 matrix",
+        ),
+        (
+            check_associative_memory,
+            lambda K, V: V @ K.T @ torch.linalg.inv(K @ K.T + 0.25 * eye(len(K))),
+            "a ridge of 0.25 was added",
+        ),
+        (
+            check_associative_memory,
+            lambda K, V: smallest_memory(K, V) + 1.0,
+            "W K can be V here, and misses it by",
+        ),
         (check_associative_memory, lambda K, V: smallest_memory(K, V).T, "of its transpose"),
         (
             check_associative_memory,
             lambda K, V: V @ K.T @ torch.linalg.inv(K @ K.T + 1e-9 * eye(len(K))),
-            "differ by a millionth|entries differ",
+            "differ by a millionth, is not right: a ridge of 1.0e-09 was",
         ),
         (
             check_associative_memory,
             lambda K, V: V @ torch.linalg.pinv(K, rtol=1e-4),
-            "differ by a millionth",
+            "the singular value that tells the two apart was cut off",
         ),
         (check_add_association, None, "was given nothing"),
         (check_add_association, lambda W, k, v: None, "returned nothing"),
@@ -229,7 +258,7 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
         ),
         (check_add_association, lambda W, k, v: W.add_(1.0), "changed its argument `W`"),
     ],
-    ids=range(30),
+    ids=range(35),
 )
 def test_wrong_solutions_are_told_why(check: Check, wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):

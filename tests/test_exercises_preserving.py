@@ -152,13 +152,16 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
         (
             check_rarities,
             lambda C0, K: (K * (torch.linalg.pinv(C0, rtol=1e-9) @ K)).sum(0),
-            "a small eigenvalue was cut off",
+            "a small eigenvalue of C0 was cut off",
         ),
         (
             check_rarities,
             lambda C0, K: key_rarities(C0 + 1e-9 * eye(C0), K),
-            "for C0 = diag.* its entries differ",
+            "1.0e-09 was added to the diagonal of C0",
         ),
+        (check_rarities, lambda C0, K: K.square().sum(0), "C0 does not enter"),
+        (check_rarities, lambda C0, K: K.T @ K, r"must have shape \(3,\), yours has \(3, 3\)"),
+        (check_rarities, lambda C0, K: -key_rarities(C0, K), "their sign is the wrong way round"),
         (check_shrink, None, "was given nothing"),
         (check_shrink, lambda C0, eps: None, "returned nothing"),
         (check_shrink, in_place, "changed its argument `C0`"),
@@ -177,8 +180,48 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
             "only the diagonal",
         ),
     ],
-    ids=range(29),
+    ids=range(32),
 )
 def test_wrong_solutions_are_told_why(check: Check, wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):
         check(wrong)
+
+
+@pytest.mark.parametrize(
+    ("inverse", "word"),
+    [
+        (torch.linalg.inv, "torch.linalg.inv"),
+        (torch.inverse, "inverse"),
+        (lambda C0: C0.inverse(), "inverse"),
+        (lambda C0: torch.linalg.inv_ex(C0).inverse, "torch.linalg.inv_ex"),
+        (lambda C0: torch.linalg.pinv(C0, rtol=0.0), "torch.linalg.pinv"),
+        (lambda C0: torch.linalg.matrix_power(C0, -1), "matrix_power"),
+        (lambda C0: torch.cholesky_inverse(torch.linalg.cholesky(C0)), "torch.cholesky_inverse"),
+        (lambda C0: torch.linalg.solve(C0, eye(C0)), "solve with the identity"),
+        (
+            lambda C0: torch.cholesky_solve(eye(C0), torch.linalg.cholesky(C0)),
+            "cholesky_solve with the identity",
+        ),
+    ],
+    ids=range(9),
+)
+def test_an_inverse_is_noticed_and_said_kindly(inverse: Any, word: str) -> None:
+    def rarities(C0: Tensor, K: Tensor) -> Tensor:
+        return (K * (inverse(C0) @ K)).sum(dim=0)
+
+    message = rf"^the numbers are right. But `rarities` makes an inverse \(`{word}.*`\).*solve with"
+    with pytest.raises(ExerciseError, match=message):
+        check_rarities(rarities)
+
+
+def test_an_inverse_by_numpy_is_noticed_by_its_name() -> None:
+    def rarities(C0: Tensor, K: Tensor) -> Any:
+        return (K.numpy() * (np.linalg.inv(C0.numpy()) @ K.numpy())).sum(axis=0)
+
+    with pytest.raises(ExerciseError, match=r"the numbers are right.*`inv`"):
+        check_rarities(rarities)
+
+
+def test_wrong_numbers_are_told_before_an_inverse() -> None:
+    with pytest.raises(ExerciseError, match="square it"):
+        check_rarities(lambda C0, K: (K * (C0.inverse() @ K)).sum(dim=0).sqrt())

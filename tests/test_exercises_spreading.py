@@ -191,7 +191,7 @@ def in_place(s: Tensor) -> Tensor:
         (
             check_best_shares,
             lambda rho: shares_by_rarity(rho) if rho.std() else rho / rho.sum(),
-            "for equal rarities",
+            "They must be MEMIT's",
         ),
     ],
     ids=range(21),

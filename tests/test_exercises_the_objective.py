@@ -188,8 +188,8 @@ def with_pinv(Delta: Tensor, K: Tensor, C0: Tensor) -> Any:
         (check_objective_errors, row_by_row),
         (check_move, key_moves),
         (check_move, whitened_moves),
-        (check_move, lambda M, K, C0, X: M @ K.T @ torch.linalg.inv(C0) @ X),
-        (check_move, lambda M, K, C0, X: (M @ torch.linalg.solve(C0, K).T @ X).numpy()),
+        (check_move, lambda M, K, C0, X: M @ (torch.linalg.solve(C0, K).T @ X)),
+        (check_move, lambda M, K, C0, X: (M @ K.T @ torch.linalg.solve(C0, X)).numpy()),
         (check_strip, cheapest_of_its_kind),
         (check_strip, with_solve),
         (check_strip, with_gram),
@@ -217,10 +217,13 @@ def squared(matrix: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p, m, *_: p, "two numbers are asked for"),
-        (lambda p, m, *_: (p, m, p), "two numbers are asked for"),
+        (lambda p, m, *_: p, "two things are asked for"),
+        (lambda p, m, *_: (p, m, p), "two things are asked for"),
         (lambda p, m, *_: (m, p), "in the wrong order"),
-        (lambda p, m, D, C0, K, R: (D @ C0 @ D.T, m), "the preservation error must have shape"),
+        (
+            lambda p, m, D, C0, K, R: (D @ C0 @ D.T, m),
+            "the preservation error for E = 5 must have shape",
+        ),
         (lambda p, m, D, C0, K, R: (squared(D @ C0), m), "once; you have"),
         (lambda p, m, D, C0, K, R: (squared(D), m), "C0 is missing"),
         (lambda p, m, D, C0, K, R: ((D @ C0 @ D.T).sum(), m), "only the diagonal counts"),
@@ -258,16 +261,25 @@ def transposed_factor(M: Tensor, K: Tensor, C0: Tensor, X: Tensor) -> Tensor:
     [
         (None, "was given nothing"),
         (lambda M, K, C0, X: ..., "returned nothing"),
-        (lambda M, K, C0, X: M @ torch.linalg.solve(C0, K).T, "this has the shape of Delta"),
-        (lambda M, K, C0, X: K.T @ torch.linalg.solve(C0, X), "Multiply them by M"),
+        (lambda M, K, C0, X: M @ torch.linalg.solve(C0, K).T, "this is Delta, 2 x 4"),
+        (lambda M, K, C0, X: K.T @ torch.linalg.solve(C0, X), "multiply it by M from the left"),
         (lambda M, K, C0, X: key_moves(M, K, C0, X).T, "must have shape"),
+        (lambda M, K, C0, X: M @ K.T, r"must have shape \(2, 5\), yours has \(2, 4\)$"),
+        (
+            lambda M, K, C0, X: M @ torch.linalg.solve(C0, K).T @ X,
+            "the numbers are right. But your function makes Delta on the way",
+        ),
+        (
+            lambda M, K, C0, X: M @ (K.T @ (torch.linalg.inv(C0) @ X)),
+            "the numbers are right. But your function makes an inverse",
+        ),
         (lambda M, K, C0, X: M @ K.T @ C0 @ X, "its inverse belongs"),
         (lambda M, K, C0, X: M @ K.T @ X, "is missing"),
         (solve_with(torch.linalg.cholesky), "only one of the two was whitened"),
         (solve_with(lambda C0: C0 @ C0), "once is enough"),
         (transposed_factor, "the transpose of L"),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_wrong_moves_are_told_why(wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):

@@ -180,7 +180,7 @@ def shrink(factor: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
             "cut off one by one",
         ),
         (check_project, shrink(lambda n, limit: (n <= limit).double()), "set to zero"),
-        (check_project, shrink(lambda n, limit: torch.minimum(n, limit) / n), "not finite"),
+        (check_project, shrink(lambda n, limit: torch.minimum(n, limit) / n), "must be finite"),
         (check_kl, None, "was given nothing"),
         (check_kl, lambda now, initial: None, "returned nothing"),
         (check_kl, lambda now, initial: divergence(initial, now), r"KL\(initial \|\| now\)"),

@@ -47,7 +47,7 @@ _REAL: dict[str, dict[str, Any]] = {
     "stop_loss": {},
 }
 
-#: One prefix of ten tokens behind each of five words (released code of MEMIT and EMMET).
+#: One prefix of ten tokens behind each of five words (kmeng01/memit, 2022, and EMMET's code, 2024).
 MEMIT_CONTEXTS = Contexts()
 #: ROME samples ten prefixes of five tokens and ten of ten (kmeng01/rome, hparams/ROME).
 ROME_CONTEXTS = Contexts(starts=("",), lengths=(5, 10), per_start=10)
@@ -208,8 +208,9 @@ ROME = Method(
 EMMET = Method(name="EMMET", preset="EMMET")
 #: MEMIT (arXiv 2210.07229): least squares, spread over several layers.
 MEMIT = Method(name="MEMIT", preset="MEMIT", ridge=None)
-#: EMMET as its authors released it: 0.1 on the Gram matrix of w*C0 whenever E > 1, that is MEMIT
-#: with lam = 0.1 * w. It does not hold the equality.
+#: EMMET as its authors' code is since 2024-08-24 (scalable-model-editing/unified-model-editing,
+#: 2f7c65c): 0.1 on the Gram matrix of w*C0 whenever E > 1, that is MEMIT with lam = 0.1 * w. Unlike
+#: their first code (2024-03-21) it does not hold the equality; `settings` has the dates of w.
 EMMET_RELEASED = Method(name="EMMET_RELEASED", preset="EMMET_RELEASED", ridge=None, ridge_from=2)
 
 #: By name, for the command line.

@@ -1,6 +1,23 @@
 """Published settings: what the released code of each method uses on each model, with the source.
 
-A method finds its settings by its `preset`, whatever it is called.
+A method finds its settings by its `preset`, whatever it is called. A setting belongs to a
+repository and to a date; these are read from
+
+- kmeng01/rome at 0874014 (2022-10-14): hparams/ROME, unchanged since 2022-08-05;
+- kmeng01/memit at 80426fd (2022-11-14): hparams/MEMIT, unchanged since the first one, 2022-10-13;
+- scalable-model-editing/unified-model-editing, branch main at 23d72b5 (2024-11-26): hparams/EMMET.
+
+EMMET's have changed with time. w multiplies C0, emmet_lambda is added to the Gram matrix, and the
+two are MEMIT with lam = w * emmet_lambda, :eq:`bridge-released`:
+
+    2024-03-21  c182001  no emmet_lambda: the equality
+    2024-04-20  cf1907f  emmet_lambda 0.1, for a single fact too; w = 1
+    2024-05-02  ac0cb39  one layer for EMMET and for MEMIT (lam = 1): 17 in GPT-2 XL, 5 in GPT-J
+    2024-08-24  2f7c65c  GPT-2 XL: w = 1000; a single fact is not damped
+    2024-12-08  dabbb96  outside of main; GPT-J: w = 10,000
+
+zjunlp/EasyEdit has w = 10,000 for GPT-2 XL and 100,000 for GPT-J since 40654e3 (2024-07-19), and
+damps a single fact.
 """
 
 from __future__ import annotations
@@ -8,34 +25,33 @@ from __future__ import annotations
 from typing import Any
 
 #: Used for a known or unknown model where `SETTINGS` says nothing else: the values shared by
-#: the released settings of MEMIT and EMMET (hparams/*.json of kmeng01/memit and of
-#: scalable-model-editing/unified-model-editing).
+#: MEMIT's and EMMET's released settings for GPT-2 XL (`stop_loss` is a constant of their code).
 DEFAULTS: dict[str, Any] = {
     "steps": 20, "weight_decay": 0.5, "clamp": 0.75, "stop_loss": 0.05,
 }  # fmt: skip
 
 #: (model type, layers, hidden size) -> preset -> settings.
 SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
-    # GPT-2 medium: kmeng01/rome, hparams/ROME/gpt2-medium.json
+    # GPT-2 medium: kmeng01/rome, hparams/ROME/gpt2-medium.json (2022-07-30)
     ("gpt2", 24, 1024): {"ROME": {"layers": (8,), "clamp": 3.0}},
-    # GPT-2 large: kmeng01/rome, hparams/ROME/gpt2-large.json
+    # GPT-2 large: kmeng01/rome, hparams/ROME/gpt2-large.json (2022-07-30)
     ("gpt2", 36, 1280): {"ROME": {"layers": (12,), "clamp": 4.0}},
     ("gpt2", 48, 1600): {
-        # kmeng01/rome, hparams/ROME/gpt2-xl.json
+        # kmeng01/rome, hparams/ROME/gpt2-xl.json (2022-08-05)
         "ROME": {"layers": (17,), "clamp": 4.0},
-        # unified-model-editing, hparams/EMMET/gpt2-xl.json; w = 1000, alpha = 0.1
+        # unified-model-editing, hparams/EMMET/gpt2-xl.json (2024-08-24); w = 1000
         "EMMET": {"layers": (17,)},
         "EMMET_RELEASED": {"layers": (17,), "ridge": 100.0},
-        # kmeng01/memit, hparams/MEMIT/gpt2-xl.json
+        # kmeng01/memit, hparams/MEMIT/gpt2-xl.json (2022-10-13)
         "MEMIT": {"layers": (13, 14, 15, 16, 17), "ridge": 20_000.0},
     },
     ("gptj", 28, 4096): {
-        # kmeng01/rome, hparams/ROME/EleutherAI_gpt-j-6B.json
+        # kmeng01/rome, hparams/ROME/EleutherAI_gpt-j-6B.json (2022-07-30)
         "ROME": {"layers": (5,), "clamp": 4.0},
-        # unified-model-editing, hparams/EMMET/EleutherAI_gpt-j-6B.json; w = 1, alpha = 0.1
+        # unified-model-editing, hparams/EMMET/EleutherAI_gpt-j-6B.json (2024-05-02); w = 1
         "EMMET": {"layers": (5,), "steps": 25},
         "EMMET_RELEASED": {"layers": (5,), "ridge": 0.1, "steps": 25},
-        # kmeng01/memit, hparams/MEMIT/EleutherAI_gpt-j-6B.json
+        # kmeng01/memit, hparams/MEMIT/EleutherAI_gpt-j-6B.json (2022-10-13)
         "MEMIT": {"layers": (3, 4, 5, 6, 7, 8), "ridge": 15_000.0, "steps": 25},
     },
     # atlas, the embedded model: chosen for this project on its own records (benchmarks/)

@@ -41,7 +41,7 @@ updates that violate Delta K = R least, the one that costs least.
     equality         A = Q S (thin QR)    Delta = (R S^-1) (Q^T L^-1)
     least squares    by Cholesky          Delta = (R (lam I + A^T A)^-1) (A^T L^-1)     E <= n
                                           Delta = (R A^T (lam I + A A^T)^-1) L^-1       E > n
-    limit lam -> 0   A = U s V^T (SVD)    Delta = (R V s^-1) (U^T L^-1), tiny s left out
+    limit lam -> 0   A = U Sigma V^T      Delta = (R V Sigma^-1) (U^T L^-1), tiny ones left out
 
 Nothing but A (n x E), and rows times L^-1, is asked of the metric: n is d_in here, and any other
 linear map in the place of L^-1 is as good (`metric.MetricProtocol`). With the coordinates of a
@@ -155,7 +155,7 @@ def solve(
       EQUALITY_TOLERANCE up to CONDITION_LIMIT.
     - ridge = lam > 0, least squares: MEMIT (arXiv 2210.07229, eq. 14), :eq:`memit-update`, lam
       being the weight of the *mean* C0, :eq:`memit-mean-sum`. With C0 multiplied by w and a number
-      alpha on the Gram matrix, as in EMMET's released code, it is lam = alpha * w,
+      lam_G on the Gram matrix, as in EMMET's released code, it is lam = lam_G * w,
       :eq:`bridge-released`.
     - infeasible = "least_violation": where the equality cannot be held, its least-squares solution
       of least cost, which is the limit lam -> 0, :eq:`bridge-pseudoinverse`. Otherwise it changes

@@ -244,7 +244,7 @@ def _run(corner: Point, run: str) -> Iterator[str]:
             yield _mark(_state(corner, token, row), kind)
         if run != "clean" and token <= SUBJECT:
             at = _state(corner, token, 0)[0]
-            yield label(at, ground + 27, "$+ε$", size=13)
+            yield label(at, ground + 27, "$+ξ$", size=13)
     ends = [(_state(corner, token, 0)[0], ground + 34) for token in (0, SUBJECT)]
     yield brace((ends[0][0] - 6, ends[0][1]), (ends[1][0] + 6, ends[1][1]))
     yield label((ends[0][0] + ends[1][0]) / 2, ground + 62, "subject", size=14)

@@ -5,14 +5,11 @@ all is well, and raises `ExerciseError` with what is wrong otherwise. Nothing of
 edit models, and it is only imported when you ask for it.
 """
 
-from unified_edit.teaching.exercises.a_fact import (
-    check_harmonic,
-    check_mean_logp,
-    check_paraphrase_score,
-)
+from unified_edit.teaching.exercises.a_fact import check_mean_logp
 from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
 from unified_edit.teaching.exercises.checking import ExerciseError
 from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
+from unified_edit.teaching.exercises.judging import check_harmonic, check_paraphrase_score
 from unified_edit.teaching.exercises.locating import (
     check_average_effect,
     check_noise_scale,

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from unified_edit.teaching.exercises.calling import Watch, call
 from unified_edit.teaching.exercises.checking import (
     ExerciseError,
+    Mistakes,
     agree,
-    call,
     draw,
     kind_of,
     name_of,
+    recognised,
     right,
+    single,
     tensor,
 )
+from unified_edit.teaching.exercises.updates import equality_said, lam_of, moment, ridge_of
 
 #: Condition of the whitened keys in the second half of `check_batch_equality`, and the largest
 #: relative error of Delta K = R there: QR misses it by 1e-10, a factor of the Gram matrix by 1e-3.
@@ -45,29 +49,57 @@ def is_feasible(K: Tensor, R: Tensor) -> bool:
     return int(rank(torch.cat([K, R]))) == int(rank(K))
 
 
-def check_batch_equality(batch_update: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
+def check_batch_equality(update: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
     """Check ``batch_update(C0, K, R) -> Delta``: the cheapest Delta with Delta K = R.
 
     C0 (d_k x d_k), K (d_k x E), R (d_out x E), Delta (d_out x d_k). Also for keys that are nearly
     dependent, which takes QR. Raises ExerciseError.
     """
+    watch = Watch(update)
     for seed, d, E, d_out in ((0, 6, 3, 2), (10, 5, 1, 3)):
-        C0 = _moment(seed, d)
+        C0 = moment(seed, d)
         K, R = draw(seed + 1, d, E), draw(seed + 2, d_out, E)
-        got = tensor(call(batch_update, C0, K, R), (d_out, d), f"Delta of {E} fact{'s' * (E > 1)}")
-        agree(got, _literal(C0, K, R), "Delta", _mistakes(C0, K, R))
-    C0, K, R = _hard_keys()
-    got = tensor(call(batch_update, C0, K, R), (2, 8), "Delta of 4 nearly dependent facts")
-    missed = float((got @ K - R).norm() / R.norm())
-    if missed > HELD:
-        raise ExerciseError(
-            f"the formula is right, but for keys of condition {HARD:.0e} Delta K misses R by "
-            f"{missed:.0e}, where {HELD:.0e} is asked for: the Gram matrix K' C0^-1 K has the "
-            "square of that condition, so do not form it. Factor A = L^-1 K by QR"
-        )
+        what = f"Delta of {E} fact{'s' * (E > 1)}"
+        got, expected = tensor(watch(C0, K, R), (d_out, d), what), _literal(C0, K, R)
+        said = equality_said(got, expected, C0, K, "Delta K = R")
+        # with one fact, many of them are the same
+        mistakes = _mistakes(C0, K, R, got) if E > 1 else {}
+        agree(got, expected, what, mistakes, otherwise=said)
+    _check_hard(update)
+    watch.refuse_inverses(
+        "solve with the triangular factors S and L (`torch.linalg.solve_triangular`)"
+    )
     return right(
         f"Delta K = R at the least cost, also for keys of condition {HARD:.0e}: the condition was "
         "not squared."
+    )
+
+
+def _check_hard(update: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+    """Keys that are nearly dependent: Delta K = R to eight digits."""
+    C0, K, R = _hard_keys()
+    watch, what = Watch(update), "Delta of 4 nearly dependent facts"
+    got, exact = tensor(watch(C0, K, R), (2, 8), what), batch_update(C0, K, R)
+    missed = float((got @ K - R).norm() / R.norm())
+    if missed <= HELD:
+        agree(got, exact, what)
+        return
+    if known := recognised(got, exact, what, _hard_mistakes(C0, K, R, got)):
+        raise ExerciseError(f"{what} is not right: {known}")
+    far = (
+        f"for keys of condition {HARD:.0e} Delta K misses R by {missed:.0e}, where {HELD:.0e} is "
+        "asked for"
+    )
+    if single(got):
+        raise ExerciseError(f"{far}: yours has no more digits than float32 holds. Use float64")
+    if watch.hardest(4) > HARD**1.5:
+        raise ExerciseError(
+            f"the formula is right, but {far}: the Gram matrix K' C0^-1 K has the square of that "
+            "condition, so do not form it. Factor A = L^-1 K by QR"
+        )
+    raise ExerciseError(
+        f"{far}. Keys that are less alike went well. Is there a matrix like K' C0^-1 K in it, "
+        "whose condition is the square of theirs? Factor A = L^-1 K by QR"
     )
 
 
@@ -81,14 +113,9 @@ def check_feasible(feasible: Callable[[Tensor, Tensor], Any]) -> str:
         if answer != expected:
             said, truth = ("no", "yes") if expected else ("yes", "no")
             raise ExerciseError(
-                f"for {case} {name_of(feasible)} says {said}, and the answer is {truth}: {advice}"
+                f"for {case}, {name_of(feasible)} says {said}, and the answer is {truth}: {advice}"
             )
     return right("It asks whether R respects every dependence among the columns of K.")
-
-
-def _moment(seed: int, d: int) -> Tensor:
-    K0 = draw(seed, d, 3 * d)
-    return K0 @ K0.T / (3 * d)
 
 
 def _literal(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
@@ -97,17 +124,12 @@ def _literal(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
     return R @ torch.linalg.inv(row @ K) @ row
 
 
-def _mistakes(C0: Tensor, K: Tensor, R: Tensor) -> dict[str, Tensor | float]:
+def _mistakes(C0: Tensor, K: Tensor, R: Tensor, got: Tensor) -> Mistakes:
     row = torch.linalg.solve(C0, K).T
     G, inverse = row @ K, torch.linalg.inv
     L = torch.linalg.cholesky(C0)
     turned = torch.linalg.qr(solve_triangular(L.T, K, upper=True))
     Q, S = torch.linalg.qr(solve_triangular(L, K, upper=False))
-    halves = {
-        f"{alpha:g} was added to the diagonal of K' C0^-1 K: that solves another problem, and "
-        "Delta K is not R any more": R @ inverse(G + alpha * torch.eye(len(G)).double()) @ row
-        for alpha in (1.0, 0.1, 1e-2, 1e-3, 1e-4)
-    }
     return {
         "this is R K' C0^-1; the inverse of K' C0^-1 K belongs in between": R @ row,
         "every fact was written as if it were alone, divided by its own rarity; that is the "
@@ -133,13 +155,35 @@ def _mistakes(C0: Tensor, K: Tensor, R: Tensor) -> dict[str, Tensor | float]:
             R @ inverse(S).T @ Q.T @ inverse(L)
         ),
         "R was multiplied by S; divide by it": R @ S @ Q.T @ inverse(L),
-        **halves,
+        **_ridged(lam_of(got, C0, K, R), got),
+    }
+
+
+def _ridged(ridge: float | None, got: Tensor) -> Mistakes:
+    """A number on the diagonal of K' C0^-1 K, read off the result itself."""
+    if ridge is None:
+        return {}
+    return {
+        f"{ridge:.2g} was added to the diagonal of K' C0^-1 K: that solves another problem, and "
+        "Delta K is not R any more": got
+    }
+
+
+def _hard_mistakes(C0: Tensor, K: Tensor, R: Tensor, got: Tensor) -> Mistakes:
+    """Those that only show where keys are nearly dependent."""
+    L = torch.linalg.cholesky(C0)
+    U, s, Vt = torch.linalg.svd(solve_triangular(L, K, upper=False), full_matrices=False)
+    cut = [(R @ Vt[:n].T) / s[:n] @ U[:, :n].T for n in (1, 2, 3)]
+    return {
+        "a small singular value was cut off, as if the keys were dependent. They are not, and "
+        "Delta K can be R": tuple(solve_triangular(L, B, upper=False, left=False) for B in cut),
+        **_ridged(ridge_of(got, C0, K, R), got),
     }
 
 
 def _hard_keys() -> tuple[Tensor, Tensor, Tensor]:
     """C0, K and R with L^-1 K of condition HARD, for d_k = 8, E = 4, d_out = 2."""
-    C0 = _moment(20, 8)
+    C0 = moment(20, 8)
     U, V = torch.linalg.qr(draw(21, 8, 4))[0], torch.linalg.qr(draw(22, 4, 4))[0]
     spectrum = torch.logspace(0, -float(np.log10(HARD)), 4, dtype=torch.float64)
     return C0, torch.linalg.cholesky(C0) @ (U * spectrum) @ V.T, draw(23, 2, 4)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises.checking import agree, call, draw, number, right, tensor
+from unified_edit.teaching.exercises.calling import call
+from unified_edit.teaching.exercises.checking import Mistakes, agree, draw, number, right, tensor
 
 
 def check_noise_scale(noise_scale: Callable[[Tensor, list[int], float], Any]) -> str:
@@ -41,8 +42,9 @@ def check_noise_scale(noise_scale: Callable[[Tensor, list[int], float], Any]) ->
         if len(ids) > 1:
             each = factor * rows.std(dim=0).mean()
             mistakes["it is a mean over the dimensions; all entries must be taken together"] = each
-        got = number(call(noise_scale, E, ids, factor), "the scale")
-        agree(got, sigma * factor, "the scale", mistakes)
+        what = f"the scale for {len(ids)} token{'s' * (len(ids) > 1)}"
+        got = number(call(noise_scale, E, ids, factor), what)
+        agree(got, sigma * factor, what, mistakes)
     return right("It is the standard deviation of the subjects' embeddings, times the factor.")
 
 
@@ -62,13 +64,16 @@ def check_restore(restore: Callable[[Tensor, int], Any]) -> str:
         if token < runs:
             sideways[token, 1:] = output[token, :1]
         zero[1:, token] = 0
-        what = f"the output for token {token} of {tokens}, with {runs - 1} corrupted runs,"
-        mistakes: dict[str, Tensor | float] = {
+        corrupted = f"{runs - 1} corrupted run{'s' * (runs > 2)}"
+        what = f"the output for token {token} of {tokens}, with {corrupted},"
+        mistakes: Mistakes = {
             "nothing was put back: the corrupted runs are as they were": output,
             "all tokens were put back, and only the one at `token` must be": every,
             "only the first of the corrupted runs was changed; all of them must be": first,
             "the clean run was overwritten; it is the corrupted ones that must change": turned,
-            "runs and tokens are mixed up: the first axis holds the runs": sideways,
+            "runs and tokens are mixed up: the first axis holds the runs": (
+                sideways if token < runs else ()
+            ),
             "the activation was set to zero, and must be that of the clean run": zero,
         }
         got = tensor(call(restore, output, token), output.shape, what)
@@ -84,34 +89,47 @@ def check_average_effect(
     effects: (tokens x layers) for each fact; subjects: first and last subject token of each.
     Raises ExerciseError.
     """
-    lengths = (6, 4, 5, 3)
-    effects = [draw(seed, length, 3) for seed, length in enumerate(lengths)]
-    subjects = [(0, 2), (1, 1), (0, 1), (0, 2)]  # the last prompt ends with its subject
-
-    def mean(facts: Sequence[int], place: Callable[[int], int | slice]) -> Tensor:
-        rows = [effects[i][place(i)].reshape(-1, 3).mean(0) for i in facts]
-        return torch.stack(rows).mean(0)
-
-    three, four = (0, 1, 2), (0, 1, 2, 3)
-    expected = mean(three, lambda i: subjects[i][1])
-    mistakes: dict[str, Tensor | float] = {
-        "the last fact's prompt ends with its subject: that token is its \"last token\", and the "
-        "fact has no last subject token to enter the mean": mean(four, lambda i: subjects[i][1]),
-        "a fact without the place must be left out of the number of facts too": 0.75 * expected,
-        "these are effects at the subject's first token, and its last one is asked for": mean(
-            three, lambda i: subjects[i][0]
-        ),
-        "these are effects at the first subject token, of all facts": mean(
-            four, lambda i: subjects[i][0]
-        ),
-        "it is the sum over facts, not their mean": 3 * expected,
-        "it is averaged over all subject tokens, and only the last one is asked for": mean(
-            three, lambda i: slice(subjects[i][0], subjects[i][1] + 1)
-        ),
-        "these are effects at the token before the subject's last: indices in `subjects` are "
-        "inclusive": mean(three, lambda i: subjects[i][1] - 1),
-        "these are effects at the prompt's last token": mean(four, lambda i: -1),
-    }  # fmt: skip
-    got = tensor(call(average_effect, effects, subjects), (3,), "the average")
-    agree(got, expected, "the average", mistakes)
+    for lengths, subjects in (
+        ((6, 4, 5, 3), [(0, 2), (1, 1), (0, 1), (0, 2)]),  # the last prompt ends with its subject
+        ((5, 7, 3, 6, 6), [(2, 3), (1, 3), (1, 2), (0, 2), (3, 4)]),  # the third one does
+    ):
+        effects = [draw(seed, length, 3) for seed, length in enumerate(lengths)]
+        count = len(lengths)
+        first, last = ([places[i] for places in subjects] for i in (0, 1))
+        before = [place - 1 for place in last]
+        all_of_it = [slice(start, end + 1) for start, end in subjects]
+        everyone = list(range(count))
+        there = [i for i in everyone if last[i] < lengths[i] - 1]
+        what = f"the average of {count} facts"
+        got = tensor(call(average_effect, effects, subjects), (3,), what)
+        expected = _mean(effects, there, last)
+        mistakes: dict[str, Tensor | float] = {
+            'one fact\'s prompt ends with its subject: that token is its "last token", and the '
+            "fact has no last subject token to enter the mean": _mean(effects, everyone, last),
+            "a fact without the place must be left out of the number of facts too": (
+                expected * len(there) / count
+            ),
+            "these are effects at the subject's first token, and its last one is asked for": (
+                _mean(effects, there, first)
+            ),
+            "these are effects at the first subject token, of all facts": (
+                _mean(effects, everyone, first)
+            ),
+            "it is the sum over facts, not their mean": len(there) * expected,
+            "it is averaged over all subject tokens, and only the last one is asked for": (
+                _mean(effects, there, all_of_it)
+            ),
+            "these are effects at the token before the subject's last: indices in `subjects` are "
+            "inclusive": _mean(effects, there, before),
+            "these are effects at the prompt's last token": (
+                _mean(effects, everyone, [-1] * count)
+            ),
+        }
+        agree(got, expected, what, mistakes)
     return right("It is the mean over the facts that have the place, a number for each layer.")
+
+
+def _mean(effects: list[Tensor], facts: list[int], rows: Sequence[int | slice]) -> Tensor:
+    """The mean over these facts of one row of each, or of the mean of some of its rows."""
+    each = [effects[i][rows[i]].reshape(-1, 3).mean(dim=0) for i in facts]
+    return torch.stack(each).mean(dim=0)

@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_edit.teaching.exercises.checking import ExerciseError, agree, call, draw, right, tensor
+from unified_edit.teaching.exercises.calling import Watch, call
+from unified_edit.teaching.exercises.checking import (
+    TOLERANCE,
+    ExerciseError,
+    Mistakes,
+    agree,
+    draw,
+    refuse_rounded,
+    relative_error,
+    right,
+    tensor,
+)
 
 
 def mean_second_moment(K0: Tensor) -> Tensor:
@@ -36,14 +47,16 @@ def check_second_moment(second_moment: Callable[[Tensor], Any]) -> str:
 
     Raises ExerciseError.
     """
-    for K0 in (draw(0, 3, 7) + 1, draw(1, 5, 2)):
+    for K0 in (draw(0, 3, 7) + 1, draw(1, 5, 3)):
         d, N = K0.shape
         centred = K0 - K0.mean(dim=1, keepdim=True)
-        C0 = tensor(call(second_moment, K0), (d, d), f"C0 of {N} keys with {d} entries")
+        what = f"C0 of {N} keys with {d} entries"
+        C0 = tensor(call(second_moment, K0), (d, d), what)
+        uneven = float((C0 - C0.T).norm()) > TOLERANCE * float(C0.norm())
         agree(
             C0,
             mean_second_moment(K0),
-            "C0",
+            what,
             {
                 "this is the sum over keys; divide by N, the number of columns": K0 @ K0.T,
                 "you divided by d_k, the number of rows; N is the number of columns": K0 @ K0.T / d,
@@ -55,6 +68,7 @@ def check_second_moment(second_moment: Callable[[Tensor], Any]) -> str:
                 "this is a covariance, as `torch.cov` makes it: the mean key was subtracted and "
                 "N - 1 used": centred @ centred.T / (N - 1),
             },
+            otherwise="A sum of k k' is symmetric, and yours is not" if uneven else "",
         )
     return right("It is the mean of k k' over the columns, and no mean key was subtracted.")
 
@@ -64,50 +78,70 @@ def check_rarities(rarities: Callable[[Tensor, Tensor], Any]) -> str:
 
     C0 is (d_k x d_k), K is (d_k x E). Raises ExerciseError.
     """
-    C0 = mean_second_moment(draw(2, 4, 9))
-    factor = torch.linalg.cholesky(C0)
-    K = draw(3, 4, 3)
-    solved = torch.linalg.solve(C0, K)
-    expected = key_rarities(C0, K)
-    given = call(rarities, C0, K)
-    if isinstance(given, Tensor) and tuple(given.shape) == (3, 3):
-        raise ExerciseError(
-            "for 3 keys you returned 3 x 3 numbers, probably K' C0^-1 K: the rarities are its "
-            "diagonal, and the rest need not be computed (`(K * solved).sum(dim=0)`)"
+    watch = Watch(rarities)
+    for d, E in ((4, 3), (3, 5)):
+        C0, K = mean_second_moment(draw(2, d, 9)), draw(3, d, E)
+        factor, solved = torch.linalg.cholesky(C0), torch.linalg.solve(C0, K)
+        expected = key_rarities(C0, K)
+        given = watch(C0, K)
+        gram = K.T @ solved
+        whole = isinstance(given, Tensor) and given.shape == gram.shape
+        if whole and relative_error(given, gram) <= TOLERANCE:
+            raise ExerciseError(
+                f"for {E} keys you returned {E} x {E} numbers, K' C0^-1 K: the rarities are its "
+                "diagonal, and the rest need not be computed (`(K * solved).sum(dim=0)`)"
+            )
+        what = f"the rarities of {E} keys"
+        agree(
+            tensor(given, (E,), what),
+            expected,
+            what,
+            {
+                "this is k' C0 k, the mean square of the preserved keys' components along k; the "
+                "inverse belongs in between": (K * (C0 @ K)).sum(dim=0),
+                "this is the price, one over the rarity": 1 / expected,
+                "this is the norm of L^-1 k; square it": expected.sqrt(),
+                "this is the squared norm of C0^-1 k; it is k' times that vector": (
+                    solved.square().sum(dim=0)
+                ),
+                "you solved with the transpose of L: C0 = L L', so k' C0^-1 k = |L^-1 k|^2": (
+                    torch.linalg.solve_triangular(factor.T, K, upper=True).square().sum(dim=0)
+                ),
+                "you summed over the entries of C0^-1 k; multiply them by those of k first": (
+                    solved.sum(dim=0)
+                ),
+                "this is k' k; C0 does not enter": K.square().sum(dim=0),
+            },
         )
-    agree(
-        tensor(given, (3,), "the rarities of 3 keys"),
-        expected,
-        "the rarities",
-        {
-            "this is k' C0 k, the mean square of the preserved keys' components along k; the "
-            "inverse belongs in between": (K * (C0 @ K)).sum(dim=0),
-            "this is the price, one over the rarity": 1 / expected,
-            "this is the norm of L^-1 k; square it": expected.sqrt(),
-            "this is the squared norm of C0^-1 k; it is k' times that vector": (
-                solved.square().sum(dim=0)
-            ),
-            "you solved with the transpose of L: C0 = L L', so k' C0^-1 k = |L^-1 k|^2": (
-                torch.linalg.solve_triangular(factor.T, K, upper=True).square().sum(dim=0)
-            ),
-            "you summed over the entries of C0^-1 k; multiply them by those of k first": (
-                solved.sum(dim=0)
-            ),
-        },
-    )
-    graded = torch.diag(torch.tensor([1.0, 1e-6, 1e-13]).double())
-    again = tensor(call(rarities, graded, _identity(3)), (3,), "the rarities for a diagonal C0")
-    if bool((again < 0.5).any()):
-        raise ExerciseError(
-            "for C0 = diag(1, 1e-6, 1e-13) a small eigenvalue was cut off, as a pseudoinverse "
-            "does: that takes what is rare for what is common. Solve with C0 as it is"
-        )
-    agree(
-        again.log(),
-        -graded.diagonal().log(),
-        "the logarithm of the rarities of unit vectors, for C0 = diag(1, 1e-6, 1e-13),",
+    _check_graded(watch)
+    watch.refuse_inverses(
+        "solve with C0 and the keys (`torch.linalg.solve(C0, K)`), which is cheaper and keeps more "
+        "digits"
     )
     return right("k' C0^-1 k for every column, also where C0 has a very small eigenvalue.")
+
+
+def _check_graded(rarities: Callable[..., Any]) -> None:
+    """For C0 = diag(1, 1e-6, 1e-13), with keys along its axes."""
+    values = torch.tensor([1.0, 1e-6, 1e-13]).double()
+    lengths = torch.tensor([1.0, 2.0, 3.0]).double()
+    what = "the rarities for C0 = diag(1, 1e-6, 1e-13), each over its right value,"
+    of_keys = "the rarities of 3 keys along the axes of C0"
+    given = tensor(rarities(torch.diag(values), torch.diag(lengths)), (3,), of_keys)
+    expected = lengths.square() / values
+    refuse_rounded(given, expected, of_keys)
+    ratios = given / expected
+    added = 1 / float(ratios[2]) - 1 if 0 < float(ratios[2]) < 1 else 0.0  # in units of 1e-13
+    mistakes: Mistakes = {
+        "a small eigenvalue of C0 was cut off, as a pseudoinverse does: that takes what is rare "
+        "for what is common. Solve with C0 as it is": (
+            torch.tensor([1.0, 1.0, 0.0]),
+            torch.tensor([1.0, 0.0, 0.0]),
+        ),
+        f"{1e-13 * added:.1e} was added to the diagonal of C0, which makes rare keys common. Solve "
+        "with C0 as it is": values / (values + 1e-13 * added),
+    }
+    agree(ratios, torch.ones(3).double(), what, mistakes)
 
 
 def check_shrink(shrink: Callable[[Tensor, float], Any]) -> str:
@@ -115,10 +149,11 @@ def check_shrink(shrink: Callable[[Tensor, float], Any]) -> str:
     for d, eps in ((4, 0.1), (3, 2.0)):
         C0 = 5 * mean_second_moment(draw(d, d, 9))
         identity, mean = _identity(d), C0.trace() / d
+        what = f"C_eps for eps = {eps:g}"
         agree(
-            tensor(call(shrink, C0, eps), (d, d), "C_eps"),
+            tensor(call(shrink, C0, eps), (d, d), what),
             shrunk_moment(C0, eps),
-            "C_eps",
+            what,
             {
                 "eps times the identity was added; scale it by the mean eigenvalue, the trace "
                 "over d_k": C0 + eps * identity,

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_edit.teaching.exercises.calling import Watch, call
 from unified_edit.teaching.exercises.checking import (
     ExerciseError,
     agree,
-    call,
     draw,
+    name_of,
     number,
+    refuse_rounded,
     right,
     tensor,
 )
+from unified_edit.teaching.exercises.updates import equality_said, moment
 
 
 def rank_one_update(C0: Tensor, k: Tensor, r: Tensor) -> Tensor:
@@ -41,24 +44,21 @@ def _gram(C0: Tensor, K: Tensor) -> Tensor:
     return K.T @ torch.linalg.solve(C0, K)
 
 
-def _moment(seed: int, d: int) -> Tensor:
-    """A second moment of 3 d keys."""
-    keys = draw(seed, d, 3 * d)
-    return keys @ keys.T / (3 * d)
-
-
 def check_rank_one(rank_one: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
     """Check ``rank_one(C0, k, r) -> Delta``: (d_out x d_k), the cheapest with Delta k = r.
 
     C0 is (d_k x d_k), k is (d_k,), r is (d_out,). Raises ExerciseError.
     """
+    watch = Watch(rank_one)
     for d, d_out in ((4, 3), (3, 3)):
-        C0, k, r = _moment(d, d), draw(10 + d, d), draw(20 + d, d_out)
+        C0, k, r = moment(d, d), draw(10 + d, d), draw(20 + d, d_out)
         solved = torch.linalg.solve(C0, k)
         whitened = torch.linalg.solve(torch.linalg.cholesky(C0), k)
+        expected = rank_one_update(C0, k, r)
+        delta = tensor(watch(C0, k, r), (d_out, d), "Delta")
         agree(
-            tensor(call(rank_one, C0, k, r), (d_out, d), "Delta"),
-            rank_one_update(C0, k, r),
+            delta,
+            expected,
             "Delta",
             {
                 "this is r k' / (k' k), which holds Delta k = r and ignores C0": (
@@ -78,21 +78,42 @@ def check_rank_one(rank_one: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
                 "the row is that of the whitened key L^-1 k; it still has to be multiplied by "
                 "L^-1 from the right": torch.outer(r, whitened) / (whitened @ whitened),
                 "it is the transpose of the right one: r is the column, k' C0^-1 the row": (
-                    rank_one_update(C0, k, r).T
+                    expected.T
                 ),
             },
+            otherwise=equality_said(delta, expected, C0, k[:, None], "Delta k = r"),
         )
+    _check_graded(watch)
+    watch.refuse_inverses("solve with C0 and k (`torch.linalg.solve(C0, k)`)")
+    return right("Delta k = r, and Delta C0 is a column times k', so no other update is cheaper.")
+
+
+def _check_graded(rank_one: Callable[..., Any]) -> None:
+    """For C0 = diag(1, 1e-6, 1e-13), where the smallest eigenvalue does most of the work."""
     C0 = torch.diag(torch.tensor([1.0, 1e-6, 1e-13]).double())
     k, r = torch.tensor([1.0, 1e-3, 1e-6]).double(), torch.tensor([2.0, -1.0]).double()
-    again = tensor(call(rank_one, C0, k, r), (2, 3), "Delta for a diagonal C0")
-    expected = rank_one_update(C0, k, r)
-    if float((again[:, 2] - expected[:, 2]).norm()) > 1e-6 * float(expected[:, 2].norm()):
-        raise ExerciseError(
-            "for C0 = diag(1, 1e-6, 1e-13) the last column, which does nearly all the work, is "
-            "not right: was a small eigenvalue cut off, as a pseudoinverse does? Solve with C0 as "
-            "it is"
+    delta = tensor(rank_one(C0, k, r), (2, 3), "Delta for C0 = diag(1, 1e-6, 1e-13)")
+    expected, root = rank_one_update(C0, k, r), C0.sqrt()
+    refuse_rounded(delta, expected, "Delta for C0 = diag(1, 1e-6, 1e-13)")
+    cut = {
+        "a small eigenvalue of C0 was cut off, as a pseudoinverse does: that takes what is rare "
+        "for what is common. Solve with C0 as it is": tuple(
+            _with_inverse(values, k, r) @ root for values in ([1.0, 1e6, 0.0], [1.0, 0.0, 0.0])
         )
-    return right("Delta k = r, and Delta C0 is a column times k', so no other update is cheaper.")
+    }
+    agree(
+        delta @ root,  # where all three columns count
+        expected @ root,
+        "Delta L, for C0 = L L' = diag(1, 1e-6, 1e-13),",
+        cut,
+        otherwise=equality_said(delta, expected, C0, k[:, None], "Delta k = r"),
+    )
+
+
+def _with_inverse(values: list[float], k: Tensor, r: Tensor) -> Tensor:
+    """The update where C0^-1 is the diagonal matrix of these values."""
+    row = torch.tensor(values, dtype=torch.float64) * k
+    return torch.outer(r, row) / (k @ row)
 
 
 def check_errors_in_turn(errors_in_turn: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
@@ -102,16 +123,17 @@ def check_errors_in_turn(errors_in_turn: Callable[[Tensor, Tensor, Tensor], Any]
     ExerciseError.
     """
     for d, d_out, E in ((5, 2, 3), (4, 3, 3)):
-        C0, K, R = _moment(30 + d, d), draw(40 + d, d, E), draw(50 + d, d_out, E)
+        C0, K, R = moment(30 + d, d), draw(40 + d, d, E), draw(50 + d, d_out, E)
         G, plain = _gram(C0, K), K.T @ K
         expected = errors_after(C0, K, R)
         reread = torch.zeros_like(R)
         for i in range(E):
             reread[:, i] = (R[:, i] - reread @ G[:, i]) / G[i, i]
+        what = f"Delta K - R of {E} facts with {d} entries a key"
         agree(
-            tensor(call(errors_in_turn, C0, K, R), (d_out, E), f"Delta K - R of {E} facts"),
+            tensor(call(errors_in_turn, C0, K, R), (d_out, E), what),
             expected,
-            "Delta K - R",
+            what,
             {
                 "this is Delta K; take R away": expected + R,
                 "this is R - Delta K; the sign is the wrong way round": -expected,
@@ -137,7 +159,7 @@ def check_mixed_cost(mixed_cost: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
     C0 is (d_k x d_k), k and k_star are (d_k,), r is (d_out,). Raises ExerciseError.
     """
     for d, d_out, length in ((4, 3, 1.0), (3, 2, 2.5)):
-        C0, k, r = _moment(60 + d, d), draw(70 + d, d), draw(80 + d, d_out)
+        C0, k, r = moment(60 + d, d), draw(70 + d, d), draw(80 + d, d_out)
         k_star = length * (k + 0.7 * draw(90 + d, d))
         rho = float(k @ torch.linalg.solve(C0, k))
         rho_star = float(k_star @ torch.linalg.solve(C0, k_star))
@@ -145,8 +167,9 @@ def check_mixed_cost(mixed_cost: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
         square = float(r @ r)
         cosine = between / (rho * rho_star) ** 0.5
         ordinary = float(k @ k_star / (k.norm() * k_star.norm()))
+        watch = Watch(mixed_cost)
         agree(
-            number(call(mixed_cost, C0, k, k_star, r), "the cost"),
+            number(watch(C0, k, k_star, r), "the cost"),
             two_key_cost(C0, k, k_star, r),
             "the cost",
             {
@@ -154,7 +177,9 @@ def check_mixed_cost(mixed_cost: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
                 "1/c^2 times as large": square / rho,
                 "this is the cost of the update with k_star alone": square / rho_star,
                 "the cosine must be squared": square / rho / abs(cosine),
-                "the cosine must be squared, which also takes away its sign": square / rho / cosine,
+                "the cosine must be squared, which also takes away its sign": (
+                    square / rho / cosine if cosine < 0 else ()
+                ),
                 "you multiplied by c^2 where it divides; a second key never makes it cheaper": (
                     square / rho * cosine**2
                 ),
@@ -175,4 +200,10 @@ def check_mixed_cost(mixed_cost: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
                 / between**2,
             },
         )
+        if any(sorted(made.shape) == [d_out, d] for made in watch.made):
+            raise ExerciseError(
+                f"the number is right. But on the way {name_of(mixed_cost)} makes a matrix of "
+                f"{d_out} x {d}, and the exercise asks for the cost without one: it is |r|^2 "
+                "times a number that k, k_star and C0 give"
+            )
     return right("It is 1/c^2 times the least cost, whatever the length of k_star.")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unified_edit.editing.spreading import shares
-from unified_edit.teaching.exercises.checking import ExerciseError, agree, call, right, tensor
+from unified_edit.teaching.exercises.calling import call
+from unified_edit.teaching.exercises.checking import TOLERANCE, agree, right, tensor
 
 
 def parts_of_shares(given: Tensor) -> Tensor:
@@ -33,12 +34,13 @@ def check_parts(parts: Callable[[Tensor], Any]) -> str:
         torch.tensor(shares(5, "pmet"), dtype=torch.float64),
         torch.tensor([1.5, 0.5, 1.0], dtype=torch.float64),
     ):
-        n = len(given)
+        n, what = len(given), f"the parts of {len(given)} layers"
         left = torch.cumprod(1 - given, dim=0)
+        found = tensor(call(parts, given), (n,), what)
         agree(
-            tensor(call(parts, given), (n,), f"the parts of {n} layers"),
+            found,
             parts_of_shares(given),
-            "the parts",
+            what,
             {
                 "these are the shares themselves; a share is taken of what is left, and the "
                 "layers before have written some of it": given,
@@ -57,6 +59,11 @@ def check_parts(parts: Callable[[Tensor], Any]) -> str:
                     parts_of_shares(given.flip(0)).flip(0)
                 ),
             },
+            otherwise=(
+                f"The last share is 1, so they have to add up to 1, and yours to {found.sum():.3g}"
+                if abs(float(found.sum()) - 1) > 1e-2
+                else ""
+            ),
         )
     return right("Each layer takes its share of what the layers before it have left.")
 
@@ -71,12 +78,13 @@ def check_best_shares(best_shares: Callable[[Tensor], Any]) -> str:
         torch.tensor([500.0, 4000.0, 2500.0, 1000.0, 7000.0], dtype=torch.float64),
     ):
         n = len(rho)
-        got = tensor(call(best_shares, rho), (n,), f"the shares of {n} layers")
+        what = f"the shares of {n} layers"
+        got = tensor(call(best_shares, rho), (n,), what)
         tails = rho.flip(0).cumsum(0).flip(0)
         agree(
             got,
             shares_by_rarity(rho),
-            "the shares",
+            what,
             {
                 "these are the parts; the share is multiplied by what is *left*, so divide each "
                 "part by the part that is left before its layer": rho / rho.sum(),
@@ -93,8 +101,14 @@ def check_best_shares(best_shares: Callable[[Tensor], Any]) -> str:
                 ),
                 "these are ratios to the layer itself, upside down": tails / rho,
             },
+            otherwise=(
+                "The last layer has to take all that is left: its share is 1"
+                if abs(float(got[-1]) - 1) > TOLERANCE
+                else ""
+            ),
         )
-    equal = tensor(call(best_shares, torch.full((4,), 7.0).double()), (4,), "the shares")
-    if not torch.allclose(equal, torch.tensor(shares(4), dtype=torch.float64)):
-        raise ExerciseError("for equal rarities the shares must be MEMIT's, 1/4, 1/3, 1/2 and 1")
+    what = "the shares of 4 layers of equal rarity"
+    equal = tensor(call(best_shares, torch.full((4,), 7.0).double()), (4,), what)
+    memit = torch.tensor(shares(4), dtype=torch.float64)
+    agree(equal, memit, what, otherwise="They must be MEMIT's, 1/4, 1/3, 1/2 and 1")
     return right("Each part is proportional to its layer's rarity, and the last share is 1.")

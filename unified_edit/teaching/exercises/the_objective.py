@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from unified_edit.teaching.exercises.calling import Watch, call
 from unified_edit.teaching.exercises.checking import (
+    TOLERANCE,
     ExerciseError,
     agree,
-    call,
     draw,
+    name_of,
     number,
+    pair,
+    relative_error,
     right,
     tensor,
 )
+from unified_edit.teaching.exercises.updates import equality_said, moment
 
 
 def both_errors(Delta: Tensor, C0: Tensor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,37 +42,26 @@ def cheapest_of_its_kind(Delta: Tensor, K: Tensor, C0: Tensor) -> Tensor:
     return solve_triangular(L, Delta @ L @ Q @ Q.T, upper=False, left=False)
 
 
-def _moment(seed: int, d: int) -> Tensor:
-    K0 = draw(seed, d, 3 * d)
-    return K0 @ K0.T / (3 * d)
-
-
 def check_objective_errors(errors: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> str:
     """Check ``errors(Delta, C0, K, R) -> (preservation, memorization)``, a pair of numbers.
 
     Delta is (d_out x d_k), C0 (d_k x d_k), K (d_k x E), R (d_out x E). Raises ExerciseError.
     """
-    for seed, (d_out, d_k, E) in enumerate([(2, 4, 3), (3, 3, 1)]):
-        Delta, C0 = draw(seed, d_out, d_k), _moment(seed + 10, d_k)
+    for seed, (d_out, d_k, E) in enumerate([(3, 4, 5), (5, 3, 1)]):
+        Delta, C0 = draw(seed, d_out, d_k), moment(seed + 10, d_k)
         K, R = draw(seed + 20, d_k, E), draw(seed + 30, d_out, E)
         preserve, memorize = both_errors(Delta, C0, K, R)
         missed = Delta @ K - R
-        given = call(errors, Delta, C0, K, R)
-        if isinstance(given, Tensor) and given.shape == (2,):
-            given = (given[0], given[1])
-        if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise ExerciseError(
-                "two numbers are asked for, `return preservation, memorization`, and you returned "
-                "something else"
-            )
-        found = [number(value, what) for value, what in zip(given, _NAMES, strict=True)]
+        names = [f"the {kind} error for E = {E}" for kind in ("preservation", "memorization")]
+        given = pair(call(errors, Delta, C0, K, R), "`return preservation, memorization`")
+        found = [number(value, what) for value, what in zip(given, names, strict=True)]
         swapped = torch.stack([memorize, preserve])
-        if torch.allclose(torch.tensor(found, dtype=torch.float64), swapped):
+        if relative_error(torch.tensor(found, dtype=torch.float64), swapped) <= TOLERANCE:
             raise ExerciseError("both are right, and in the wrong order: preservation comes first")
         agree(
             found[0],
             preserve,
-            _NAMES[0],
+            names[0],
             {
                 "C0 stands between Delta and its transpose once; you have |Delta C0|^2": (
                     (Delta @ C0).square().sum()
@@ -84,7 +78,7 @@ def check_objective_errors(errors: Callable[[Tensor, Tensor, Tensor, Tensor], An
         agree(
             found[1],
             memorize,
-            _NAMES[1],
+            names[1],
             {
                 "this is a norm; the objective has its square": missed.norm(),
                 "this is the relative error that the library reports; the objective has "
@@ -106,32 +100,29 @@ def check_objective_errors(errors: Callable[[Tensor, Tensor, Tensor, Tensor], An
     return right("Preservation tr(Delta C0 Delta'), memorization |Delta K - R|^2, both squared.")
 
 
-_NAMES = ("the preservation error", "the memorization error")
-
-
 def check_move(move: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> str:
     """Check ``move(M, K, C0, X)``: (d_out x n), what Delta = M K' C0^-1 adds to X's values.
 
     M is (d_out x E), K (d_k x E), C0 (d_k x d_k), X (d_k x n). Raises ExerciseError.
     """
+    watch = Watch(move)
     for seed, (d_out, d_k, E, n) in enumerate([(2, 4, 3, 5), (3, 5, 2, 1)]):
         M, K, X = draw(seed, d_out, E), draw(seed + 10, d_k, E), draw(seed + 20, d_k, n)
-        C0 = _moment(seed, d_k)
+        C0 = moment(seed, d_k)
         L = torch.linalg.cholesky(C0)
-        given = call(move, M, K, C0, X)
-        if isinstance(given, Tensor) and tuple(given.shape) == (d_out, d_k) != (d_out, n):
-            raise ExerciseError(
-                f"this has the shape of Delta, {d_out} x {d_k}: apply it to the {n} keys of X"
-            )
-        if isinstance(given, Tensor) and tuple(given.shape) == (E, n) != (d_out, n):
-            raise ExerciseError(
-                f"you returned {E} x {n} numbers, one for each new key and key: these are "
-                "K' C0^-1 X. Multiply them by M from the left"
-            )
+        what, row, Delta = f"the moves of {n} key{'s' * (n > 1)}", *_parts_of_move(M, K, C0, X)
+        given = watch(M, K, C0, X)
+        for hint, part in (
+            (f"this is Delta, {d_out} x {d_k}: what is asked for is what it does to X", Delta),
+            (f"this is K' C0^-1 X, {E} x {n}: multiply it by M from the left", row),
+        ):
+            same = isinstance(given, Tensor) and given.shape == part.shape
+            if same and relative_error(given, part) <= TOLERANCE:
+                raise ExerciseError(f"{what} must be {d_out} x {n} numbers, and {hint}")
         agree(
-            tensor(given, (d_out, n), f"the moves of {n} keys"),
+            tensor(given, (d_out, n), what),
             key_moves(M, K, C0, X),
-            "the move",
+            what,
             {
                 "you multiplied by C0; its inverse belongs between K' and X (`solve`)": (
                     M @ K.T @ C0 @ X
@@ -150,7 +141,19 @@ def check_move(move: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> str:
                 ),
             },
         )
+        if watch.has_made(Delta):
+            raise ExerciseError(
+                f"the numbers are right. But {name_of(move)} makes Delta on the way, and the "
+                "exercise asks for the moves without it: multiply from the right, X first, and "
+                "with M last"
+            )
+    watch.refuse_inverses("solve with C0 and X (`torch.linalg.solve(C0, X)`)")
     return right("Each key moves by M times its resemblances K' C0^-1 x to the new keys.")
+
+
+def _parts_of_move(M: Tensor, K: Tensor, C0: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """K' C0^-1 X and Delta, of which either may be taken for the move."""
+    return K.T @ torch.linalg.solve(C0, X), M @ torch.linalg.solve(C0, K).T
 
 
 def check_strip(strip: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
@@ -160,18 +163,19 @@ def check_strip(strip: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
     Raises ExerciseError.
     """
     for seed, (d_out, d_k, E) in enumerate([(2, 5, 2), (4, 3, 1)]):
-        Delta, K, C0 = draw(seed, d_out, d_k), draw(seed + 10, d_k, E), _moment(seed, d_k)
+        Delta, K, C0 = draw(seed, d_out, d_k), draw(seed + 10, d_k, E), moment(seed, d_k)
         L = torch.linalg.cholesky(C0)
         A = solve_triangular(L, K, upper=False)
         best = cheapest_of_its_kind(Delta, K, C0)
         Q, _ = torch.linalg.qr(K)
         whitened, _ = torch.linalg.qr(A)
         wrong_side, _ = torch.linalg.qr(C0 @ K)
-        got = tensor(call(strip, Delta, K, C0), (d_out, d_k), "the stripped update")
+        what = f"the stripped update for {E} key{'s' * (E > 1)}"
+        got = tensor(call(strip, Delta, K, C0), (d_out, d_k), what)
         agree(
             got,
             best,
-            "the stripped update",
+            what,
             {
                 "it is Delta itself: nothing was taken away": Delta,
                 "this is the part that does nothing for K, the one to be taken away": Delta - best,
@@ -191,6 +195,7 @@ def check_strip(strip: Callable[[Tensor, Tensor, Tensor], Any]) -> str:
                     _ordinary_projection(Delta, torch.linalg.solve(C0, K))
                 ),
             },
+            otherwise=equality_said(got, best, C0, K),
         )
     return right("Delta K is what it was, and nothing is left that costs without writing.")
 
