@@ -14,7 +14,9 @@ import unified_edit as ue
 from unified_edit.model import Encoder, anatomy, likelihoods
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.a_fact import (
+    check_contribution,
     check_mean_logp,
+    direct_contribution,
     mean_log_probability,
 )
 
@@ -56,13 +58,21 @@ def off_the_last(logits: Tensor, ids: list[int], n: int) -> Tensor:
     return logits.log_softmax(-1)[-1, ids[-n:]].mean()
 
 
+@pytest.mark.equation("fact-direct")
 @pytest.mark.parametrize(
     ("check", "solution"),
     [
         (check_mean_logp, mean_log_probability),
         (check_mean_logp, by_gather),
+        (check_contribution, direct_contribution),
+        (
+            check_contribution,
+            lambda u, h, gain, e: (
+                ((e * gain) @ u - (e * gain).sum() * u.mean()) / h.var(correction=0).sqrt()
+            ),
+        ),
     ],
-    ids=range(2),
+    ids=range(4),
 )
 def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> None:
     assert check(solution).startswith("Right. ")
@@ -99,8 +109,52 @@ def test_right_solutions_pass(check: Check, solution: Callable[..., Any]) -> Non
             ),
             "the mean of the logarithms",
         ),
+        (check_contribution, None, "was given nothing"),
+        (check_contribution, lambda u, h, gain, e: None, "returned nothing"),
+        (check_contribution, lambda *given: -direct_contribution(*given), "sign"),
+        (check_contribution, lambda *given: 2 * direct_contribution(*given), "2 times"),
+        (check_contribution, lambda u, h, gain, e: 0.0, "zero"),
+        (check_contribution, lambda u, h, gain, e: 0.123, "you have 0.123"),
+        (check_contribution, lambda u, h, gain, e: gain * u, "one number is asked for"),
+        (
+            check_contribution,
+            lambda u, h, gain, e: e @ (gain * u) / h.std(correction=0),
+            "the mean of the part",
+        ),
+        (
+            check_contribution,
+            lambda u, h, gain, e: e @ (gain * (u - h.mean())) / h.std(correction=0),
+            "the mean of the stream",
+        ),
+        (
+            check_contribution,
+            lambda u, h, gain, e: e @ (u - u.mean()) / h.std(correction=0),
+            "the gain is missing",
+        ),
+        (check_contribution, lambda u, h, gain, e: e @ (gain * (u - u.mean())), "is missing"),
+        (
+            check_contribution,
+            lambda u, h, gain, e: direct_contribution(u, u, gain, e),
+            "as a whole",
+        ),
+        (
+            check_contribution,
+            lambda u, h, gain, e: e @ (gain * (u - u.mean())) / h.var(correction=0),
+            "the variance",
+        ),
+        (check_contribution, lambda u, h, gain, e: e @ (gain * (u - u.mean())) / h.std(), "d - 1"),
+        (
+            check_contribution,
+            lambda u, h, gain, e: direct_contribution(h, h, gain, e),
+            "the whole stream",
+        ),
+        (
+            check_contribution,
+            lambda u, h, gain, e: e @ (gain * u - (gain * u).mean()) / h.std(correction=0),
+            "after the gain",
+        ),
     ],
-    ids=range(9),
+    ids=range(25),
 )
 def test_wrong_solutions_are_told_why(check: Check, wrong: Any, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):

@@ -1,4 +1,4 @@
-"""The experiment behind the chapter on where a model keeps its facts: its pure parts, and its results."""
+"""The experiment behind the chapter *storage*: its pure parts, and its results."""
 
 from __future__ import annotations
 

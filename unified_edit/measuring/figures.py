@@ -273,7 +273,7 @@ def _legend(ax: Axes, side: Literal["left", "right"] = "left") -> None:
     names = ax.get_legend_handles_labels()[1]
     columns = min(len(names), max(1, 2 * LABEL_WIDTH // (6 + max(map(len, names), default=1))))
     ax.legend(
-        loc=f"lower {side}",
+        loc="lower right" if side == "right" else "lower left",
         bbox_to_anchor=(float(side == "right"), 1.0),
         ncols=columns,
         frameon=False,

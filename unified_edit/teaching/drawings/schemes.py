@@ -67,8 +67,8 @@ def two_by_two() -> Drawing:
         description=f"""A table of four closed forms for Δ. To preserve softly is to keep ΔK₀ near
         0, hard is ΔK₀ = 0; to memorize softly is to bring ΔK near R, hard is ΔK = R.
         {" ".join(said)} ROME is EMMET for one fact. Soft memorizing adds λI, or μI, to the matrix
-        that is inverted; hard preserving has Π, the projection onto what no ordinary key uses, in the place
-        of C0^−1.""",
+        that is inverted; hard preserving has Π, the projection onto what no ordinary key uses, in
+        the place of C0^−1.""",
     )
 
 

@@ -5,7 +5,7 @@ all is well, and raises `ExerciseError` with what is wrong otherwise. Nothing of
 edit models, and it is only imported when you ask for it.
 """
 
-from unified_edit.teaching.exercises.a_fact import check_mean_logp
+from unified_edit.teaching.exercises.a_fact import check_contribution, check_mean_logp
 from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
 from unified_edit.teaching.exercises.checking import ExerciseError
 from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
@@ -51,6 +51,7 @@ __all__ = [
     "check_batch_equality",
     "check_best_shares",
     "check_bridge",
+    "check_contribution",
     "check_crosstalk",
     "check_errors_in_turn",
     "check_feasible",

@@ -60,3 +60,51 @@ def check_mean_logp(mean_logp: Callable[[Tensor, list[int], int], Any]) -> str:
             },
         )
     return right("Each token of the object is read off the row before it, and the mean is taken.")
+
+
+def direct_contribution(u: Tensor, h: Tensor, gain: Tensor, towards: Tensor) -> float:
+    """Of a part u of the last stream h to a difference of two logits, :eq:`fact-direct`.
+
+    gain: of the last norm. towards: the difference of the two tokens' vectors. Epsilon is 0.
+    """
+    return float(towards @ (gain * (u - u.mean()) / h.std(correction=0)))
+
+
+def check_contribution(contribution: Callable[[Tensor, Tensor, Tensor, Tensor], Any]) -> str:
+    """Check ``contribution(u, h, gain, towards)``: the direct contribution of a part u.
+
+    All are vectors of d numbers, h the last stream. Raises ExerciseError.
+    """
+    for d in (5, 8):
+        u, rest, gain, towards = (draw(seed, d) + 0.7 for seed in range(4))
+        h = u + rest
+        std = h.std(correction=0)
+        centred = u - u.mean()
+        agree(
+            number(call(contribution, u, h, gain, towards), "the contribution"),
+            direct_contribution(u, h, gain, towards),
+            f"the contribution of a part with {d} entries",
+            {
+                "the mean of the part must be taken out of it": float(towards @ (gain * u / std)),
+                "you took out the mean of the stream `h`; the part's own is asked for": float(
+                    towards @ (gain * (u - h.mean()) / std)
+                ),
+                "the gain is missing": float(towards @ centred / std),
+                "the division by the standard deviation is missing": float(
+                    towards @ (gain * centred)
+                ),
+                "this divides by the standard deviation of the part; the stream is normalised as a "
+                "whole, so it is that of `h`": direct_contribution(u, u, gain, towards),
+                "this divides by the variance; its square root is asked for": float(
+                    towards @ (gain * centred) / std**2
+                ),
+                "the sum of squares must be divided by d, and yours is divided by d - 1: "
+                "`std(correction=0)`": float(towards @ (gain * centred) / h.std()),
+                "this is the contribution of the whole stream; that of the part `u` is asked "
+                "for": direct_contribution(h, h, gain, towards),
+                "the mean is taken out after the gain; it comes before": float(
+                    towards @ (gain * u - (gain * u).mean()) / std
+                ),
+            },
+        )
+    return right("The part's own mean is taken out, and the whole stream's deviation divides it.")

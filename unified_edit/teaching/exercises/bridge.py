@@ -36,9 +36,9 @@ from unified_edit.teaching.exercises.updates import (
 CUT = 1e-8
 
 
-def from_released(C0: Tensor, K: Tensor, R: Tensor, w: float, alpha: float) -> tuple[float, Tensor]:
+def from_released(C0: Tensor, K: Tensor, R: Tensor, w: float, lam_G: float) -> tuple[float, Tensor]:
     """lam and Delta (d_out x d_k) of MEMIT for the released EMMET, :eq:`bridge-released`."""
-    lam = alpha * w
+    lam = lam_G * w
     return lam, _by_bracket(K, R, lam * C0 + K @ K.T)
 
 
@@ -55,7 +55,7 @@ def both_errors(C0: Tensor, K: Tensor, R: Tensor, lams: Tensor) -> tuple[Tensor,
 
 
 def _spectrum(C0: Tensor, K: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """s_i^2 and |R v_i|^2 for all E combinations, ascending."""
+    """sigma_i^2 and |R v_i|^2 for all E combinations, ascending."""
     A = solve_triangular(torch.linalg.cholesky(C0), K, upper=False)
     squares, V = torch.linalg.eigh(A.T @ A)
     return squares.clamp(min=0), (R @ V).square().sum(dim=0)
@@ -85,27 +85,27 @@ def _parts(
 
 
 def check_bridge(as_memit: Callable[..., Any]) -> str:
-    """Check ``as_memit(C0, K, R, w, alpha) -> (lam, Delta)``: the released EMMET as MEMIT.
+    """Check ``as_memit(C0, K, R, w, lam_G) -> (lam, Delta)``: the released EMMET as MEMIT.
 
     C0 (d_k x d_k) is the plain mean, before it is multiplied by w. Raises ExerciseError.
     """
-    for w, alpha, E in ((20.0, 0.1, 3), (0.7, 4.0, 5)):
+    for w, lam_G, E in ((20.0, 0.1, 3), (0.7, 4.0, 5)):
         C0, K, R = moment(0, 4), draw(1, 4, E), draw(2, 3, E)
-        expected, update = from_released(C0, K, R, w, alpha)
-        case = f"for w = {w:g} and alpha = {alpha:g}"
-        lam, delta = pair(call(as_memit, C0, K, R, w, alpha), "lambda and Delta")
+        expected, update = from_released(C0, K, R, w, lam_G)
+        case = f"for w = {w:g} and lam_G = {lam_G:g}"
+        lam, delta = pair(call(as_memit, C0, K, R, w, lam_G), "lambda and Delta")
         agree(
             number(lam, "lambda"),
             expected,
             f"lambda {case}",
             {
-                "you divided w by alpha; K' (w C0)^-1 K is G / w, and alpha I + G / w is "
-                "(alpha w I + G) / w": w / alpha,
-                "you divided alpha by w; K' (w C0)^-1 K is G / w, and alpha I + G / w is "
-                "(alpha w I + G) / w": alpha / w,
-                "this is w alone; without alpha nothing is damped": w,
-                "this is alpha alone, which stands on the Gram matrix of w C0; on that of C0 it is "
-                "w times as large": alpha,
+                "you divided w by lam_G; K' (w C0)^-1 K is G / w, and lam_G I + G / w is "
+                "(lam_G w I + G) / w": w / lam_G,
+                "you divided lam_G by w; K' (w C0)^-1 K is G / w, and lam_G I + G / w is "
+                "(lam_G w I + G) / w": lam_G / w,
+                "this is w alone; without lam_G nothing is damped": w,
+                "this is lam_G alone, which stands on the Gram matrix of w C0; on that of C0 it is "
+                "w times as large": lam_G,
                 "there is a factor E too many; the sum over facts is not a mean": expected * E,
                 "you divided by E; the sum over facts is not a mean": expected / E,
             },
@@ -123,7 +123,7 @@ def check_bridge(as_memit: Callable[..., Any]) -> str:
                 "C0 was multiplied by w and by lambda; lambda contains w already": (
                     _by_bracket(K, R, expected * w * C0 + new)
                 ),
-                "alpha was used in place of lambda": _by_bracket(K, R, alpha * C0 + new),
+                "lam_G was used in place of lambda": _by_bracket(K, R, lam_G * C0 + new),
                 "w was used in place of lambda": _by_bracket(K, R, w * C0 + new),
                 "lambda stands at the identity; it belongs to C0": (
                     _by_bracket(K, R, expected * identity + new)
@@ -132,7 +132,7 @@ def check_bridge(as_memit: Callable[..., Any]) -> str:
                 **other_lam(delta, C0, K, R, expected),
             },
         )
-    return right("lambda is alpha times w, and Delta is MEMIT's.")
+    return right("lambda is lam_G times w, and Delta is MEMIT's.")
 
 
 def check_filter(filtered: Callable[..., Any]) -> str:
@@ -262,9 +262,9 @@ def check_frontier(frontier: Callable[..., Any]) -> str:
             {
                 "this is M; the preservation error comes first": M,
                 "this is the squared norm of Delta K, what is written; for P divide each term by "
-                "s_i^2": (weights * (squares / total) ** 2).sum(1),
+                "sigma_i^2": (weights * (squares / total) ** 2).sum(1),
                 "the filter is not squared": (weights * squares / total).sum(1),
-                "the numerator s_i^2 is missing": (weights / total**2).sum(1),
+                "the numerator sigma_i^2 is missing": (weights / total**2).sum(1),
                 "|R v_i|^2 is missing": (squares / total**2).sum(1).expand(4),
                 "this is the root of P": P.sqrt(),
             },
@@ -275,14 +275,14 @@ def check_frontier(frontier: Callable[..., Any]) -> str:
             M,
             f"M {case}",
             {
-                "combinations with s_i = 0 are left out; none of what they ask for is written, so "
-                "it is all missing": (weights * seen * (lams[:, None] / total) ** 2).sum(1),
+                "combinations with sigma_i = 0 are left out; none of what they ask for is written, "
+                "so it is all missing": (weights * seen * (lams[:, None] / total) ** 2).sum(1),
                 "this is the root of M": M.sqrt(),
                 "this is divided by |R|^2; M is the sum itself": M / whole,
-                "this is what is written; the missing share is lam / (s_i^2 + lam)": (
+                "this is what is written; the missing share is lam / (sigma_i^2 + lam)": (
                     weights * (squares / total) ** 2
                 ).sum(1),
-                "the share lam / (s_i^2 + lam) is not squared": (
+                "the share lam / (sigma_i^2 + lam) is not squared": (
                     weights * lams[:, None] / total
                 ).sum(1),
                 "|R v_i|^2 is missing": ((lams[:, None] / total) ** 2).sum(1),
@@ -291,7 +291,7 @@ def check_frontier(frontier: Callable[..., Any]) -> str:
         if any(watch.has_made(filtered_update(C0, K, R, float(lam))) for lam in lams):
             raise ExerciseError(
                 f"the numbers are right. But {name_of(frontier)} computes Delta on the way, and "
-                "the exercise asks for both errors without it: s_i^2 and |R v_i|^2 are enough, for "
-                "every lambda"
+                "the exercise asks for both errors without it: sigma_i^2 and |R v_i|^2 are enough, "
+                "for every lambda"
             )
     return right("Both errors for every lambda, also where some combination cannot be written.")
