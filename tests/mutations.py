@@ -49,6 +49,7 @@ STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupte
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
+FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -64,6 +65,7 @@ CHAPTERS = {
     EVALUATION: ("judging",),
     BAD_INPUT: (),
     TRACING: ("locating",),
+    FAMILIES: (),
 }
 
 FAULTS = (
@@ -201,6 +203,18 @@ FAULTS = (
           TRACING),
     Fault("intervals of single facts instead of their mean", "measuring/traces.py",
           "means = have[drawn].mean(axis=1)", "means = have[drawn[:, 0]]", TRACING),
+    Fault("kept keys cut to the window", "editing/values.py",
+          "made = DynamicCache()  # all tokens",
+          "made = DynamicCache(config=parts.model.config)  #", FAMILIES),
+    Fault("delta passes by the norm behind the MLP", "model/anatomy.py",
+          "moved: Tensor = norm(value + delta) - norm(value)", "moved = delta", FAMILIES),
+    Fault("the multiplier of a block forgotten", "editing/layer_loop.py",
+          "residual = residual / parts.gain(", "residual = residual / 1.0 ** parts.gain(",
+          FAMILIES),
+    Fault("what is changed in place is read too late", "model/hooks.py",
+          'hidden.clone() if side == "output" else hidden', "hidden", FAMILIES),
+    Fault("noise measured in the table of embeddings", "measuring/tracing.py",
+          "parts.embedded(ids)", "parts.embeddings.detach()[ids]", FAMILIES),
 )  # fmt: skip
 
 

@@ -94,16 +94,32 @@ def lagrangian_delta(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- the model
 
 
+#: What the second matrix of an MLP is called: in GPT-2 and GPT-Neo, GPT-J, Llama and most others,
+#: GPT-NeoX and Falcon, Phi.
+SECOND = ("c_proj", "fc_out", "down_proj", "dense_4h_to_h", "fc2")
+
+
+def block_of(model: Any, layer: int) -> Any:
+    """One block: the only list of modules in a model is that of its blocks."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)[layer]
+
+
+def mlp_of(model: Any, layer: int) -> Any:
+    """The MLP of a block. OPT has no module for it, so its last matrix stands for it."""
+    block = block_of(model, layer)
+    return block.mlp if hasattr(block, "mlp") else block.fc2
+
+
 def down_projection(model: Any, layer: int) -> Any:
-    """The second matrix of a block's MLP: `c_proj` in GPT-2, `fc_out` in GPT-J."""
-    mlp = model.transformer.h[layer].mlp
-    return mlp.c_proj if hasattr(mlp, "c_proj") else mlp.fc_out
+    """The second matrix of a block's MLP."""
+    mlp = mlp_of(model, layer)
+    return next((getattr(mlp, name) for name in SECOND if hasattr(mlp, name)), mlp)
 
 
 def site_module(model: Any, layer: int, site: str) -> Any:
     """The module whose output is the value: the whole block (MEMIT, EMMET) or its MLP (ROME)."""
-    block = model.transformer.h[layer]
-    return {"block": block, "mlp": block.mlp}[site]
+    return {"block": block_of, "mlp": mlp_of}[site](model, layer)
 
 
 def logits_of(model: Any, ids: list[int]) -> Tensor:
@@ -115,15 +131,22 @@ def logits_of(model: Any, ids: list[int]) -> Tensor:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states (1 x tokens x d) in a module's output: blocks of GPT-J return tuples."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states (1 x tokens x d) in a module's output: blocks of GPT-J return tuples.
+
+    OPT's MLPs are given the tokens without a dimension for rows.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    return hidden[None] if hidden.ndim == 2 else hidden
 
 
 def module_at_work(model: Any, module: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
     """What goes into `module` and what comes out (tokens x width) while the model reads `ids`."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = module.register_forward_hook(
-        lambda _, args, output: seen.append((args[0][0].double(), hidden_of(output)[0].double()))
+        # copies: what comes out of Falcon's MLP is changed in place later
+        lambda _, args, output: seen.append(
+            (hidden_of(args)[0].double().clone(), hidden_of(output)[0].double().clone())
+        )
     )
     try:
         with torch.no_grad():
@@ -140,7 +163,9 @@ def delta_added(module: Any, position: int, delta: Tensor) -> Iterator[None]:
     def add(_module: Any, _args: Any, output: Any) -> Any:
         hidden = hidden_of(output).clone()
         hidden[0, position] = hidden[0, position] + delta.to(hidden.dtype)
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        return hidden.view(output.shape)
 
     handle = module.register_forward_hook(add)
     try:

@@ -127,17 +127,13 @@ def classifier(model: nn.Module) -> nn.Module:
 
 
 UNUSABLE: dict[str, tuple[Callable[[nn.Module], Any], list[str]]] = {
-    "GPT-NeoX": (
-        lambda _: other_family("GPTNeoX", intermediate_size=32),
-        ["'gpt_neox'", "not known", "gpt2, gptj", "missing", "families.py", "down-projection"],
+    "Cohere": (
+        lambda _: other_family("Cohere", intermediate_size=32),
+        ["'cohere'", "not known", "gpt2, gpt_neo", "missing", "families.py", "down-projection"],
     ),
-    "OPT": (
-        lambda _: other_family("OPT", ffn_dim=32, word_embed_proj_dim=16),
-        ["'opt'", "not known", "gpt2, gptj", "missing"],
-    ),
-    "Llama": (
-        lambda _: other_family("Llama", intermediate_size=32, num_key_value_heads=2),
-        ["'llama'", "not known", "gpt2, gptj", "missing"],
+    "a mixture of experts": (
+        lambda _: other_family("Mixtral", intermediate_size=32, num_local_experts=2),
+        ["'mixtral'", "cannot be edited", "mixture of experts", "dense model"],
     ),
     "no head": (headless, ["GPT2Model", "no language-model head", "causal language model"]),
     "classifier": (classifier, ["GPT2ForSequenceClassification", "no language-model head"]),
@@ -278,7 +274,7 @@ def test_a_family_that_puts_a_norm_behind_the_mlp(make_gpt2, tiny_tokenizer, sta
 
 
 def flattening(model: nn.Module, layer: int) -> nn.Module:
-    """Block `layer` hands its MLP all tokens of a batch as one list, as OPT does."""
+    """Block `layer` hands its MLP all tokens of a batch as one list, as OPT does and GPT-2 not."""
     mlp = model.transformer.h[layer].mlp
     own = mlp.forward
     mlp.forward = lambda hidden: own(hidden.reshape(-1, 24)).reshape(hidden.shape)

@@ -70,7 +70,9 @@ def test_version_stands_in_one_place() -> None:
 
 def test_changelog_begins_with_this_version() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
-    assert headings[0].split()[0] == PROJECT["version"]
+    released = [heading for heading in headings if heading != "Unreleased"]
+    assert headings in (released, ["Unreleased", *released])
+    assert released[0].split()[0] == PROJECT["version"]
 
 
 def test_repository_address_stands_in_one_place() -> None:

@@ -93,6 +93,7 @@ def _write_one(
             metric = method.preservation(statistics, weight)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
             residual = values.z - values_at(parts, rows, values.layer, method.site)
+        residual = residual / parts.gain(values.layer, method.site(parts, values.layer))
         update = solve(
             metric,
             keys,

@@ -152,9 +152,12 @@ class Method:
     def resolve(self, model: PreTrainedModel | Anatomy) -> Method:
         """The method with every field filled in for `model`.
 
+        Where a norm stands between MLP and residual stream (Gemma 2 and 3, OLMo 2) the value is set
+        in front of it: the site "block" becomes "mlp".
+
         Raises MethodError if there are no published settings of its preset for the model and a
-        field without a default (at least `layers`) is missing, ModelError if the layers do not fit
-        the model.
+        field without a default (at least `layers`) is missing, or for several layers behind such
+        norms; ModelError if the layers do not fit the model.
         """
         parts = model if isinstance(model, Anatomy) else anatomy(model)
         kind, width = parts.model.config.model_type, parts.width
@@ -173,9 +176,19 @@ class Method:
                 f"it: method.replace({unknown[0]}=...), for example layers=(n,) with n from "
                 "causal tracing (unified_edit.locate)"
             )
-        resolved = self.replace(**{field: known[field] for field in missing})
+        filled = {field: known[field] for field in missing}
+        if parts.family.norm is not None and self.site.name == "block":
+            filled["site"] = SITES["mlp"]
+        resolved = self.replace(**filled)
         assert resolved.layers is not None
-        parts.check_layers(resolved.layers)
+        layers = parts.check_layers(resolved.layers)
+        if parts.family.norm is not None and len(layers) > 1:
+            raise MethodError(
+                f"{self.name} spreads a residual over layers {layers}, but in a {kind} a norm "
+                "stands between each MLP and the residual stream: what an earlier layer is given "
+                "does not add up, so no share of the residual is due to it. Edit one layer: "
+                f"method.replace(layers=({layers[-1]},))"
+            )
         return resolved
 
     def to_dict(self) -> dict[str, Any]:

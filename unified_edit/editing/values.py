@@ -1,7 +1,8 @@
 """v*: the value that makes the model say the new object, optimised for all facts together.
 
 For each fact, delta is added at the subject's last token to the output of one block (MEMIT,
-EMMET) or of its MLP (ROME), and chosen by Adam to minimise
+EMMET) or of its MLP (ROME; every method where a norm follows the MLP, as in Gemma 2: what reaches
+the block's output is norm(m + delta) - norm(m) then), and chosen by Adam to minimise
 
     mean over contexts of the mean over target tokens of -log p(token)
     + kl_weight * KL(current || initial), both read at the subject of "{subject} is a"
@@ -33,7 +34,14 @@ from unified_edit.errors import EditError
 from unified_edit.facts import Fact
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import batches_by_length, left_padded
-from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, quiet, stubbed
+from unified_edit.model.hooks import (
+    PLAIN_OUTPUT,
+    captured,
+    noticing_tuples,
+    per_token,
+    quiet,
+    stubbed,
+)
 from unified_edit.model.likelihoods import log_probabilities
 from unified_edit.model.progress import Bar, progress
 from unified_edit.model.prompts import FactRows, Row
@@ -130,6 +138,7 @@ class _Batch:
     positions: Tensor  # rows x suffix
     hidden: Tensor  # rows x suffix x d_out: output of block `layer` where delta is zero
     as_tuple: bool  # whether the blocks of this family return tuples
+    at_site: Tensor  # rows x d_out: what stands at the site in each row where delta is zero
     target_init: Tensor  # facts x d_out
     kl_rows: Tensor  # facts: the row of the KL prompt
     kl_initial: Tensor  # facts x vocabulary, log-probabilities; empty until first computed
@@ -155,6 +164,7 @@ class _Batch:
             positions=self.positions[rows],
             hidden=self.hidden[rows],
             as_tuple=self.as_tuple,
+            at_site=self.at_site[rows],
             target_init=self.target_init[kept],
             kl_rows=new_row[self.kl_rows[kept]],
             kl_initial=self.kl_initial[kept],
@@ -212,6 +222,7 @@ def _prepare(parts: Anatomy, rows: list[list[Row]], layer: int, site: Choice) ->
                 **PLAIN_OUTPUT,
             )
     precise = torch.promote_types(seen["hidden"].dtype, torch.float32)
+    at_site = per_token(parts.model, seen["site"], ids.shape, sites["site"][0], "output")[:, 0]
     return _Batch(
         layer=layer,
         owner=torch.tensor(owner, device=device),
@@ -221,7 +232,8 @@ def _prepare(parts: Anatomy, rows: list[list[Row]], layer: int, site: Choice) ->
         positions=positions,
         hidden=seen["hidden"],
         as_tuple=returned[0],
-        target_init=seen["site"][firsts, 0].to(precise),
+        at_site=at_site,
+        target_init=at_site[firsts].to(precise),
         kl_rows=torch.tensor(lasts, device=device),
         kl_initial=torch.empty(len(rows), 0, device=device, dtype=precise),
         target_row=torch.tensor(target_row, device=device),
@@ -235,7 +247,7 @@ def _prefix_cache(parts: Anatomy, prefix: dict[str, Tensor]) -> list[tuple[Tenso
     """Attention keys and values of left-padded prefixes, zero where there is padding."""
     if prefix["input_ids"].shape[1] == 0:
         return []
-    made = DynamicCache(config=parts.model.config)
+    made = DynamicCache()  # all tokens at every layer, also where attention has a window
     parts.model.base_model(**prefix, past_key_values=made, use_cache=True, **PLAIN_OUTPUT)
     padding = prefix["attention_mask"][:, None, :, None] == 0
     # a row that is all padding may hold NaN, and 0 * NaN would reach the rest through the mask
@@ -256,7 +268,12 @@ def _fresh(cache: list[tuple[Tensor, Tensor]]) -> DynamicCache:
 
 def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tuple[Tensor, Tensor]:
     """Total loss of each fact at its row of `delta` (facts x d_out), and the KL distributions."""
-    added = delta[batch.owner].to(batch.hidden.dtype)
+    added = parts.entering(
+        batch.layer,
+        method.site(parts, batch.layer),
+        batch.at_site,
+        delta[batch.owner].to(batch.hidden.dtype),
+    )
     hidden = torch.cat([batch.hidden[:, :1] + added[:, None], batch.hidden[:, 1:]], dim=1)
     with stubbed(list(parts.blocks[: batch.layer + 1]), hidden, batch.as_tuple):
         final = parts.model.base_model(

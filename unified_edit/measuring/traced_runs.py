@@ -21,6 +21,7 @@ from unified_edit.model.hooks import (
     PLAIN_OUTPUT,
     captured,
     noticing_tuples,
+    per_token,
     replaced_output,
     stubbed,
 )
@@ -79,7 +80,11 @@ class Runs:
             found = self._probabilities(len(both))
         self.as_tuple = returned[0]
         self.clean, self.corrupted = float(found[0]), found[1:]
-        self.outputs = {site: value[0].clone() for site, value in seen.items()}
+        shape = (len(both), len(asked.ids))
+        self.outputs = {
+            site: per_token(parts.model, value, shape, sites[site][0], "output")[0].clone()
+            for site, value in seen.items()
+        }
         #: samples x tokens x width after each block of the corrupted runs
         self.states = [seen["state", layer][1:].clone() for layer in range(parts.n_layers)]
 
@@ -175,7 +180,9 @@ class Runs:
 
         def replace(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
-            self._put_back(hidden, kind, layer, places)
+            # what some MLPs give is one list of vectors for all rows
+            by_row = hidden.view(-1, len(self.asked.ids), hidden.shape[-1])
+            self._put_back(by_row, kind, layer, places)
             return hidden
 
         return replaced_output(self._module(kind, layer), replace)

@@ -37,7 +37,8 @@ def subject_sigma(
     """The standard deviation of the embeddings of subjects, :eq:`locate-sigma`.
 
     Taken over all entries of the token embeddings of all subject tokens in the facts' prompts (a
-    token that occurs twice counts twice), as in the released code of ROME.
+    token that occurs twice counts twice), as in the released code of ROME. They are what the
+    embedding module gives, to which noise is added: Gemma's multiplies by the root of the width.
 
     Raises FactError for no facts, TokenizationError if the model cannot read them, ModelError for
     a model that `anatomy` refuses.
@@ -141,7 +142,7 @@ def _objects(
 
 def _sigma(parts: Anatomy, prompts: Sequence[Prompt]) -> float:
     ids = [i for one in prompts for i in one.ids[one.subject[0] : one.subject[1] + 1]]
-    return float(parts.embeddings.detach()[ids].cpu().double().std())
+    return float(parts.embedded(ids).cpu().double().std())
 
 
 def _standard_noise(parts: Anatomy, fact: Fact, prompt: Prompt, samples: int, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ named weights. The paths come from `families`; what they lead to is probed, not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import ModelError
-from unified_edit.model.families import FAMILIES, Family
+from unified_edit.model.families import FAMILIES, REFUSED, Family
 from unified_edit.model.hooks import logits_of, quiet, read_last_token
+from unified_edit.model.obstacles import check_modules, check_projection, without_adapters
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are loaded dynamically
 
@@ -79,7 +81,7 @@ class Anatomy:
     @property
     def width(self) -> int:
         """The width of the residual stream: how long a state is."""
-        return int(self.embeddings.shape[1])
+        return self.weight(0).d_out
 
     @property
     def positions(self) -> int | None:
@@ -97,12 +99,40 @@ class Anatomy:
         return str(self.model.config._name_or_path)
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP of block `layer`; its output is what is added to the residual stream."""
+        """The MLP of block `layer`; its output, behind `norm`, is added to the residual stream."""
         return self.blocks[layer].get_submodule(self.family.mlp)
 
     def attention(self, layer: int) -> nn.Module:
         """The attention of block `layer`; its output too is added to the residual stream."""
         return self.blocks[layer].get_submodule(self.family.attention)
+
+    def norm(self, layer: int) -> nn.Module | None:
+        """The norm between the MLP of block `layer` and the residual stream, if there is one."""
+        path = self.family.norm
+        return None if path is None else self.blocks[layer].get_submodule(path)
+
+    @property
+    def scale(self) -> float:
+        """What the output of an MLP is multiplied by before it is added to the residual stream."""
+        name = self.family.scale
+        return 1.0 if name is None else float(getattr(self.model.config, name))
+
+    def gain(self, layer: int, site: nn.Module) -> float:
+        """How much `site` in block `layer` moves for each unit that the MLP's output moves."""
+        return self.scale if site is self.blocks[layer] else 1.0
+
+    def entering(self, layer: int, site: nn.Module, value: Tensor, delta: Tensor) -> Tensor:
+        """What the output of block `layer` moves by if `delta` is added to `value` at `site`.
+
+        Both (... x width). The MLP's output goes through a norm or a scale in some families.
+        """
+        if site is self.blocks[layer]:
+            return delta
+        norm = self.norm(layer)
+        if norm is None:
+            return delta if self.scale == 1.0 else self.scale * delta
+        moved: Tensor = norm(value + delta) - norm(value)
+        return moved
 
     def down(self, layer: int) -> nn.Module:
         """The down-projection of block `layer`; its input is the key."""
@@ -128,6 +158,13 @@ class Anatomy:
         """The token embeddings: (vocabulary x width)."""
         return cast(Tensor, self.model.get_input_embeddings().weight)
 
+    @torch.no_grad()
+    def embedded(self, ids: Sequence[int]) -> Tensor:
+        """What the embedding module gives for some tokens: (tokens x width), scaled as by Gemma."""
+        tokens = torch.tensor(ids, device=self.embeddings.device)
+        given: Tensor = self.model.get_input_embeddings()(tokens)
+        return given
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (... x vocabulary) of final hidden states, by the model's own head."""
         return logits_of(self.model, hidden)
@@ -150,38 +187,47 @@ class Anatomy:
     def probe(self, weight: NamedWeight, site: nn.Module, seed: int = 0) -> float:
         """Check on the model itself what editing assumes; return the relative error.
 
-        A random R is added to the value at one key k by the rank-one update R k'/(k'k); the
-        output of `site`, where values are set, must move by exactly R. It does not if the
-        weight's orientation is taken the wrong way round (a square matrix passes any check of
-        shapes), or if a norm stands in between. The weight is put back bit for bit.
+        A random R is added to the value at one key k by the rank-one update R k'/(k'k). The output
+        of `site`, where values are set, must move by exactly R (times `gain`), and the block's by
+        what is `entering`. It does not if the weight's orientation is taken the wrong way round (a
+        square matrix passes any check of shapes), or if a norm stands in between. The weight is put
+        back bit for bit.
 
-        Raises ModelError if the output moves by anything else.
+        Raises ModelError if an output moves by anything else.
         """
-        parameter = weight.parameter
+        parameter, layer = weight.parameter, weight.layer
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocabulary, (4,), generator=generator).tolist()
-        sites = {"key": (weight.module, "input"), "out": (site, "output")}
+        places = {"site": site, "block": self.blocks[layer]}
+        sites = {name: (module, "output") for name, module in places.items()}
+        sites["key"] = (weight.module, "input")
         with quiet(self.model):
             before = read_last_token(self.model, [tokens], sites)
-            key, out = (before[name][0].double() for name in ("key", "out"))
+            key, out = before["key"][0].double(), before["site"][0]
             random = torch.randn(len(out), generator=generator, dtype=torch.float64)
-            wanted = (random / random.norm()).to(out) * out.norm()
+            moved = (random / random.norm()).to(out) * out.norm()
+            wanted = {"site": moved, "block": self.entering(layer, site, out, moved)}
             saved = parameter.detach().clone()
             try:
-                update = torch.outer(wanted, key / (key @ key))
+                update = torch.outer(moved.double() / self.gain(layer, site), key / (key @ key))
                 parameter.add_(weight.to_stored(update).to(parameter))
-                after = read_last_token(self.model, [tokens], sites)["out"][0].double()
+                after = read_last_token(self.model, [tokens], sites)
             finally:
                 parameter.copy_(saved)
-        error = float((after - out - wanted).norm() / wanted.norm())
-        limit = _probe_tolerance(parameter)
-        if not error <= limit:
-            raise ModelError(
-                f"the probe failed at {weight.name} of {type(self.model).__name__}: a rank-one "
-                f"update that must move the output of {type(site).__name__} by R missed it by "
-                f"{error:.2g} (limit {limit:.0e}). {self._why_missed(weight)}"
-            )
-        return error
+        limit, worst = _probe_tolerance(parameter), 0.0
+        for name, module in places.items():
+            started, ended, by = (one.double() for one in (before[name], after[name], wanted[name]))
+            # what is added to a longer vector is rounded with it
+            size = max(float(by.norm()), float(started.norm()) if name == "block" else 0.0)
+            error = float((ended[0] - started[0] - by).norm()) / size
+            if not error <= limit:
+                raise ModelError(
+                    f"the probe failed at {weight.name} of {type(self.model).__name__}: a rank-one "
+                    f"update that must move the output of {type(module).__name__} by R missed it "
+                    f"by {error:.2g} (limit {limit:.0e}). {self._why_missed(weight)}"
+                )
+            worst = max(worst, error)
+        return worst
 
     def _why_missed(self, weight: NamedWeight) -> str:
         """What may stand between a weight and its site: hooks of others come first."""
@@ -230,7 +276,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     kind = type(model).__name__
     if hasattr(model, "peft_config") or kind.startswith("Peft"):
         raise ModelError(
-            f"{kind} carries PEFT adapters; {_without_adapters(model)} and edit the plain model"
+            f"{kind} carries PEFT adapters; {without_adapters(model)} and edit the plain model"
         )
     if hasattr(model, "_orig_mod"):
         raise ModelError(
@@ -246,81 +292,26 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"this {kind} is quantised: its weights are codes that Delta cannot be added to; "
             "load it unquantised, for example with dtype=torch.bfloat16"
         )
-    family = FAMILIES.get(model.config.model_type)
+    name = model.config.model_type
+    family = FAMILIES.get(name)
+    if name in REFUSED:
+        raise ModelError(f"the model family {name!r} ({kind}) cannot be edited: {REFUSED[name]}")
     if family is None:
         raise ModelError(
-            f"the model family {model.config.model_type!r} ({kind}) is not known; known are "
+            f"the model family {name!r} ({kind}) is not known; known are "
             f"{', '.join(sorted(FAMILIES))}. What is missing is a row in "
             "unified_edit/model/families.py: the paths of its blocks, their MLP and down-projection"
         )
     if model.get_output_embeddings() is None:
         raise ModelError(f"{kind} has no language-model head; load it as a causal language model")
-    _check_modules(model)
+    check_modules(model)
     try:
         blocks = cast(nn.ModuleList, model.get_submodule(family.blocks))
         downs = [block.get_submodule(family.down) for block in blocks]
     except AttributeError as missing:
-        raise ModelError(
-            f"{kind} says it is of family {model.config.model_type!r} but has no {missing}"
-        ) from missing
+        raise ModelError(f"{kind} says it is of family {name!r} but has no {missing}") from missing
     if not downs:
         raise ModelError(f"this {kind} has no blocks at {family.blocks}; load a complete model")
     for layer, down in enumerate(downs):
-        _check_projection(down, f"{family.blocks}.{layer}.{family.down}")
+        check_projection(down, f"{family.blocks}.{layer}.{family.down}", family.linear)
     return Anatomy(model, family, blocks)
-
-
-def _without_adapters(model: nn.Module) -> str:
-    """How to be rid of the adapters of `model`, by what it can still do."""
-    if hasattr(model, "merge_and_unload"):
-        return "merge them first (model = model.merge_and_unload())"
-    return (
-        "merge or drop them first: call merge_and_unload() or unload() on the PeftModel it was "
-        "made with, or load the model again,"
-    )
-
-
-def _check_modules(model: nn.Module) -> None:
-    """Raise ModelError for a module or weight anywhere that a forward or a gradient fails on."""
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None:
-            raise ModelError(
-                f"{name or type(module).__name__} was compiled in place (.compile()); load the "
-                "model again, edit it before it is compiled, and compile it then"
-            )
-        if "quantized" in type(module).__module__:
-            raise ModelError(
-                f"{name} is a quantised layer ({type(module).__module__}.{type(module).__name__}):"
-                " no gradient passes through it; load the model unquantised"
-            )
-    for name, weight in model.named_parameters():
-        if weight.is_meta:
-            raise ModelError(
-                f"{name} is on the meta device (offloaded or not loaded); load the model without "
-                "a device map that offloads, so that its weights are in memory"
-            )
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise ModelError(
-                f"{name} has type {weight.dtype}; load the model unquantised, for example with "
-                "dtype=torch.bfloat16"
-            )
-        if weight.is_inference():
-            raise ModelError(
-                f"{name} was made inside torch.inference_mode, where nothing can be optimised or "
-                "changed later; load the model outside of it"
-            )
-
-
-def _check_projection(down: nn.Module, where: str) -> None:
-    """Raise ModelError unless `down` is a plain dense projection with a weight of its own."""
-    # exact types: a subclass (LoRA, quantised, sharded) stores or uses its weight differently
-    if type(down) not in (Conv1D, nn.Linear):
-        raise ModelError(
-            f"{where} is a {type(down).__module__}.{type(down).__name__}, not a plain Linear or "
-            "Conv1D: unwrap, dequantise or merge the model before editing it"
-        )
-    if "weight" not in down._parameters:
-        raise ModelError(
-            f"{where}.weight is no parameter but computed anew in every forward (pruning, weight "
-            "normalisation); make it permanent first, for example with torch.nn.utils.prune.remove"
-        )

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from unified_edit.errors import ModelError
 from unified_edit.model.batching import batches_by_length, left_padded
+from unified_edit.model.families import FAMILIES
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -27,6 +29,21 @@ PLAIN_OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_atte
 
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _MAKING = threading.Lock()
+
+
+class _MaskedInFloat64(TorchFunctionMode):
+    """Inside, attention scores of a float64 model survive that their softmax is taken in float32.
+
+    What is masked is the lowest number of float64 there, which float32 does not have: a row that is
+    masked wholly (padding) would be NaN, and 0 * NaN would reach the others. With the lowest number
+    of float32 such a row is anything but NaN, and all others are what they were, bit for bit.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if given.get("dtype") is torch.float32 and getattr(func, "__name__", "") == "softmax":
+            args = (args[0].clamp(min=torch.finfo(torch.float32).min), *args[1:])
+        return func(*args, **given)
 
 
 class _Stop(Exception):
@@ -57,6 +74,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
         for kind in {parameter.device.type for parameter in model.parameters()} - {"meta"}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
+        own = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if own == "eager" and getattr(model, "dtype", None) == torch.float64:
+            stack.enter_context(_MaskedInFloat64())
         try:
             for module in training:
                 module.training = False
@@ -83,10 +103,12 @@ def captured(
     seen: dict[Name, Tensor] = {}
     own = threading.get_ident()
 
-    def keep(name: Name, value: Any) -> None:
+    def keep(name: Name, value: Any, side: str) -> None:
         if threading.get_ident() != own:
             return
-        seen[name] = hidden_of(value)
+        hidden = hidden_of(value)
+        # a copy of what comes out: Falcon adds its attention to what its MLP gave, in place
+        seen[name] = hidden.clone() if side == "output" else hidden
         if stop and len(seen) == len(sites):
             raise _Stop
 
@@ -94,11 +116,11 @@ def captured(
         for name, (module, side) in sites.items():
             if side == "input":
                 handle = module.register_forward_pre_hook(
-                    lambda _module, args, name=name: keep(name, args)
+                    lambda _module, args, name=name: keep(name, args, "input")
                 )
             else:
                 handle = module.register_forward_hook(
-                    lambda _module, _args, output, name=name: keep(name, output)
+                    lambda _module, _args, output, name=name: keep(name, output, "output")
                 )
             stack.callback(handle.remove)
         with suppress(_Stop):
@@ -183,21 +205,34 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Next-token logits (... x vocabulary) of final hidden states (... x width).
 
     They go through the model's own head, with whatever it does to them there (a softcap, a scale):
-    its forward runs around a body that hands out `hidden`.
+    its forward runs around a body that hands out `hidden`. OPT's asks the decoder within its body.
     """
     rows = hidden.reshape(1, -1, hidden.shape[-1])
     body = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
-    with _own_forward(model.base_model, lambda *_args, **_kwargs: body):
+    with ExitStack() as stack:
+        for asked in {model.base_model, model.get_decoder()}:
+            stack.enter_context(_own_forward(asked, lambda *_args, **_kwargs: body))
         logits: Tensor = model(input_ids=ids, use_cache=False, **PLAIN_OUTPUT).logits
     return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def per_token(value: Tensor | None, tokens: Sequence[int], module: nn.Module, side: str) -> Tensor:
+def per_token(
+    model: PreTrainedModel,
+    value: Tensor | None,
+    tokens: Sequence[int],
+    module: nn.Module,
+    side: str,
+) -> Tensor:
     """What was captured at one side of `module`, as it is: (rows x tokens x width).
+
+    Where the family hands its MLP one list of vectors for all rows, it is taken apart.
 
     Raises ModelError unless it is a vector for each of the `tokens` (rows, tokens) of a batch.
     """
+    flat = FAMILIES[model.config.model_type].flat
+    if flat and value is not None and value.ndim == 2 and len(value) == tokens[0] * tokens[1]:
+        value = value.unflatten(0, tuple(tokens))
     if value is None or value.ndim != 3 or tuple(value.shape[:2]) != tuple(tokens):
         shape = "nothing" if value is None else tuple(value.shape)
         raise ModelError(
@@ -226,7 +261,7 @@ def read_last_token(
         with captured(sites) as seen:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         for name, (module, side) in sites.items():
-            value = per_token(seen.get(name), inputs["input_ids"].shape, module, side)
+            value = per_token(model, seen.get(name), inputs["input_ids"].shape, module, side)
             for position, index in enumerate(batch):
                 found[name][index] = value[position, -1].clone()
     order = range(len(rows))

@@ -265,7 +265,7 @@ def _add_group(job: Job, group: list[str], sums: _Sums) -> int:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         real = inputs["attention_mask"].bool()
         keys = {
-            one.layer: per_token(seen.get(one.layer), real.shape, one.module, "input")[real]
+            one.layer: per_token(model, seen.get(one.layer), real.shape, one.module, "input")[real]
             for one in job.weights
         }
         for layer, value in keys.items():
