@@ -135,10 +135,6 @@ UNUSABLE: dict[str, tuple[Callable[[nn.Module], Any], list[str]]] = {
         lambda _: other_family("OPT", ffn_dim=32, word_embed_proj_dim=16),
         ["'opt'", "not known", "gpt2, gptj", "missing"],
     ),
-    "Llama": (
-        lambda _: other_family("Llama", intermediate_size=32, num_key_value_heads=2),
-        ["'llama'", "not known", "gpt2, gptj", "missing"],
-    ),
     "no head": (headless, ["GPT2Model", "no language-model head", "causal language model"]),
     "classifier": (classifier, ["GPT2ForSequenceClassification", "no language-model head"]),
     "PEFT": (peft_wrapped, ["Peft", "adapters", "merge_and_unload()"]),

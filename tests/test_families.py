@@ -24,6 +24,10 @@ TINY: dict[str, dict[str, Any]] = {
         "n_embd": 24, "n_layer": 4, "n_head": 2, "n_inner": 56, "n_positions": 128, "rotary_dim": 4,
         "tie_word_embeddings": False,
     },
+    "llama": {
+        "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 12,
+        "num_key_value_heads": 1, "intermediate_size": 56, "max_position_embeddings": 128,
+    },
 }  # fmt: skip
 
 #: The models are float64, but some families make rotary tables or attention in float32 whatever the

@@ -1,4 +1,4 @@
-"""Model editing from one objective: ROME, EMMET and MEMIT on GPT-2 and GPT-J.
+"""Model editing from one objective: ROME, EMMET and MEMIT on GPT-2, GPT-J and Llama.
 
 >>> import unified_edit as ue                                              # doctest: +SKIP
 >>> model, tokenizer = ue.load_model("atlas")                              # doctest: +SKIP

@@ -23,4 +23,5 @@ class Family:
 FAMILIES = {
     "gpt2": Family(blocks="transformer.h", attention="attn", mlp="mlp", down="mlp.c_proj"),
     "gptj": Family(blocks="transformer.h", attention="attn", mlp="mlp", down="mlp.fc_out"),
+    "llama": Family(blocks="model.layers", attention="self_attn", mlp="mlp", down="mlp.down_proj"),
 }
