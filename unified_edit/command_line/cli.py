@@ -187,13 +187,19 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(**plain)
     group = common.add_argument_group("model and output")
     group.add_argument("--model", default="atlas", metavar="NAME",
-                       help="atlas (embedded; the default), a folder, or a name on the Hub")
+                       help="atlas (embedded; the default), smollm2 (a package), a folder, a "
+                       "GGUF file, or a name on the Hub")
     group.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"),
                        help="type of the weights (default: as stored; atlas float32)")
     group.add_argument("--device", help="cpu (the default), cuda, cuda:1, mps")
     group.add_argument("--revision", help="revision on the Hub")
     group.add_argument("--allow-bin", action="store_true",
                        help="read pickled weights where there is no safetensors file")
+    group.add_argument("--gguf-file", metavar="FILE",
+                       help="the GGUF file in this folder or repository")
+    group.add_argument("--cache", action=argparse.BooleanOptionalAction,
+                       help="keep a dequantised copy of a GGUF file, or none (default: if it takes "
+                       "at most 2 GB)")
     group.add_argument("--json", action="store_true",
                        help="print one JSON document, and nothing else, on standard output")
     settings = argparse.ArgumentParser(**plain)
@@ -245,7 +251,10 @@ def _hint(problem: UnifiedEditError) -> str | None:
             f"collect them by: {PROGRAM} statistics --layers N --texts FILE [--shrinkage 1e-3] "
             "--out STATS; use them by --statistics STATS"
         )
-    return "that is --allow-bin" if "allow_bin" in str(problem) else None
+    options = {"allow_bin": "--allow-bin", "gguf_file": "--gguf-file"}
+    return next(
+        (f"that is {is_} here" for name, is_ in options.items() if name in str(problem)), None
+    )
 
 
 class _Notes(logging.Handler):

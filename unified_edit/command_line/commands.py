@@ -204,7 +204,7 @@ def _model(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
         raise ModelError(
             f"device {args.device!r} cannot be used ({reason}); leave --device out for the CPU"
         ) from problem
-    names = ("dtype", "device", "revision", "allow_bin")
+    names = ("dtype", "device", "revision", "allow_bin", "gguf_file", "cache")
     return load_model(args.model, **{name: getattr(args, name) for name in names})
 
 
@@ -241,6 +241,7 @@ def _about(args: Namespace, model: PreTrainedModel) -> dict[str, Any]:
         "library": version("unified_edit"),
         "model": args.model,
         "revision": getattr(model.config, "_commit_hash", None),
+        "origin": anatomy(model).origin,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
 

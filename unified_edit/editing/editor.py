@@ -249,6 +249,7 @@ class Editor:
                 prefixes=plan.rows.prefixes,
                 weights=weights,
                 statistics=asdict(statistics.source),
+                origin=self.parts.origin,
             ),
             warnings=tuple(warnings),
         ).bound_to(self.model)

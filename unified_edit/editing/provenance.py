@@ -40,6 +40,7 @@ class Provenance:
 
     fingerprint: of the base model. state: what was active when it was computed (`Ledger.state`).
     weights: {name: `Touched`} of each weight that is edited. statistics: the `Source` of C0.
+    origin: of a dequantised model, its file, how that was quantised, and its SHA-256.
     """
 
     fingerprint: str
@@ -51,6 +52,7 @@ class Provenance:
     prefixes: tuple[str, ...]
     weights: Mapping[str, Touched]
     statistics: Mapping[str, Any]
+    origin: str | None = None
 
 
 @dataclass(frozen=True)

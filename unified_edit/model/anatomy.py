@@ -98,6 +98,11 @@ class Anatomy:
         """What the model is called: a folder, a name on the Hub, or atlas."""
         return str(self.model.config._name_or_path)
 
+    @property
+    def origin(self) -> str | None:
+        """Of a dequantised model, from what file it was made, and how that was quantised."""
+        return getattr(self.model.config, "dequantised_from", None)
+
     def mlp(self, layer: int) -> nn.Module:
         """The MLP of block `layer`; its output, behind `norm`, is added to the residual stream."""
         return self.blocks[layer].get_submodule(self.family.mlp)
@@ -290,7 +295,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
             f"this {kind} is quantised: its weights are codes that Delta cannot be added to; "
-            "load it unquantised, for example with dtype=torch.bfloat16"
+            "load it unquantised, for example with dtype=torch.bfloat16 (a GGUF file: with "
+            "unified_edit.load_model, which dequantises it)"
         )
     name = model.config.model_type
     family = FAMILIES.get(name)

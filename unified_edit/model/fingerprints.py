@@ -33,7 +33,7 @@ _INERT = re.compile(
     r"|label2id|num_labels|problem_type|task_specific_params|\w*_token_ids?|\w*dropout\w*|\w+_pdrop"
     r"|summary_\w+|initializer_range|tie_word_embeddings|use_bfloat16|torchscript"
     r"|chunk_size_feed_forward|is_encoder_decoder|finetuning_task|gradient_checkpointing"
-    r"|generation_config|quantization_config)"
+    r"|generation_config|quantization_config|dequantised_from)"
 )
 
 

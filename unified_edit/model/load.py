@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from unified_edit.arguments import as_path
 from unified_edit.errors import ModelError, brief
 from unified_edit.model.anatomy import Tokenizer, anatomy
+from unified_edit.model.dequantised import dequantised, keep
+from unified_edit.model.gguf_source import gguf_files, gguf_source
+from unified_edit.model.loading_report import check_report, said
 from unified_edit.model.progress import loading
 from unified_edit.model.prompts import Encoder
 
-#: Prefixes that wrappers put before the names of weights, and how to save without them.
-_WRAPPED = {
-    "_orig_mod.": "torch.compile: save model._orig_mod instead",
-    "module.": "DataParallel: save model.module instead",
-    "base_model.model.": "PEFT: save model.merge_and_unload() instead",
-}
+log = logging.getLogger(__name__)
+
+#: Names of models that were said to be asked in base form.
+_told: set[str] = set()
 
 
 def load(
@@ -30,8 +32,14 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     allow_bin: bool = False,
+    gguf_file: str | None = None,
+    cache: bool | None = None,
+    copies: Callable[[], Path] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal language model and its fast tokenizer; `unified_edit.load_model` describes it."""
+    """A causal language model and its fast tokenizer; `unified_edit.load_model` describes it.
+
+    copies: gives the folder of dequantised copies; asked, and needed, for a GGUF file only.
+    """
     if not isinstance(name, (str, Path)) or not str(name):
         raise ModelError(
             f"the model's name is {brief(name)}; give 'atlas', a folder, or a Hub name"
@@ -42,14 +50,17 @@ def load(
         raise ModelError(f"dtype {dtype!r} is not a torch type; use for example 'float32'")
     if kind is not None and not kind.is_floating_point:
         raise ModelError(f"dtype {dtype!r} holds no weights; use for example 'float32'")
-    model = _from_pretrained(name, kind or "auto", revision, allow_bin)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as problem:  # a broken tokenizer.json raises whatever its parser raises
-        raise ModelError(
-            f"no tokenizer could be loaded from {name!r}: {_said(problem)}. Its tokenizer.json is "
-            "missing or damaged; download the folder again"
-        ) from problem
+    source = gguf_source(name, gguf_file, revision)
+    if source is None:
+        model = _from_pretrained(name, kind or "auto", revision, allow_bin)
+        tokenizer = _tokenizer(name, revision)
+    else:
+        assert copies is not None
+        folder = copies()
+        made = dequantised(source.path, source.sha256, kind or torch.float32, folder)
+        model, tokenizer = made.open()
+        model.config._name_or_path = tokenizer.name_or_path = source.name
+        model.config._commit_hash = source.revision
     Encoder(tokenizer)  # refuses what is not a fast one
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ModelError(
@@ -66,7 +77,26 @@ def load(
                 "the model stays on the CPU"
             ) from problem
     anatomy(model)
+    if source is not None:
+        keep(made, source.path, folder, cache)
+    if getattr(tokenizer, "chat_template", None) and name not in _told:
+        _told.add(name)
+        log.warning(
+            "%s has a chat template, as models have that were tuned to follow instructions; here "
+            "it is asked in base form: prompts go in as they are, without the template",
+            name,
+        )
     return model.eval(), tokenizer
+
+
+def _tokenizer(name: str, revision: str | None) -> Tokenizer:
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as problem:  # a broken tokenizer.json raises whatever its parser raises
+        raise ModelError(
+            f"no tokenizer could be loaded from {name!r}: {said(problem)}. Its tokenizer.json is "
+            "missing or damaged; download the folder again"
+        ) from problem
 
 
 def _from_pretrained(
@@ -87,7 +117,7 @@ def _from_pretrained(
     except Exception as problem:  # files that are damaged raise whatever their reader raises
         if not _only_pickled(name, problem):
             raise ModelError(
-                f"{name!r} could not be loaded: {_said(problem)}. {_advice(name)}"
+                f"{name!r} could not be loaded: {said(problem)}. {_advice(name)}"
             ) from problem
         if not allow_bin:
             raise ModelError(
@@ -104,10 +134,10 @@ def _from_pretrained(
                 )
         except Exception as worse:  # torch raises UnpicklingError, OSError, RuntimeError, ...
             raise ModelError(
-                f"the .bin weights of {name!r} could not be read: {_said(worse)}"
+                f"the .bin weights of {name!r} could not be read: {said(worse)}"
             ) from worse
     model: PreTrainedModel = loaded[0]
-    _check_report(name, model, loaded[1])
+    check_report(name, model, loaded[1])
     return model
 
 
@@ -127,6 +157,8 @@ def _advice(name: str) -> str:
             "Give 'atlas', a folder, or a name on the Hugging Face Hub (which needs the network "
             "the first time)"
         )
+    if (files := gguf_files(folder)) and not list(folder.glob("*.safetensors")):
+        return f"It holds a GGUF file; say which is meant: gguf_file={files[0]!r}"
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as handle:
             head = handle.read(64)
@@ -138,43 +170,3 @@ def _advice(name: str) -> str:
         if what:
             return f"{path.name} {what}. Download the folder again"
     return "A file of this folder is missing or damaged; download the folder again"
-
-
-def _check_report(name: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
-    """Raise ModelError unless the checkpoint held exactly the weights that the model has.
-
-    A weight that is missing would be random, one left over says that the model is another one.
-    """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(set(report.get("missing_keys") or ()) - tied)
-    unexpected = sorted(set(report.get("unexpected_keys") or ()) - tied)
-    mismatched = sorted(str(key) for key in report.get("mismatched_keys") or ())
-    errors = [str(error) for error in report.get("error_msgs") or ()]
-    if not (missing or unexpected or mismatched or errors):
-        return
-    said = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("weights of the model are missing", missing),
-            ("of its weights are none of the model's", unexpected),
-            ("have another shape", mismatched),
-            ("could not be read", errors),
-        )
-        if names
-    ]
-    remedy = next(
-        (
-            f"Names begin with {prefix!r}, as a wrapper saves them ({how}), or strip the prefix "
-            "from the names in the file"
-            for prefix, how in _WRAPPED.items()
-            if any(key.startswith(prefix) for key in unexpected)
-        ),
-        "Load a complete checkpoint whose config.json belongs to it (number of layers, sizes)",
-    )
-    raise ModelError(f"{name!r} does not fit its configuration: {'; '.join(said)}. {remedy}")
-
-
-def _said(problem: Exception) -> str:
-    """What an error of another library says, on one line and not too long."""
-    text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {text[:300]}".rstrip(": .")

@@ -52,6 +52,7 @@ class Source:
     max_tokens: int  # a text is cut after so many tokens
     library: str  # version of unified_edit
     shrinkage: float = 0.0
+    origin: str | None = None  # of a dequantised model: its file, and how that was quantised
 
 
 class Collected(NamedTuple):
@@ -315,6 +316,7 @@ def _finish(job: Job, sums: _Sums) -> Collected:
         max_tokens=job.longest,
         library=version("unified_edit"),
         shrinkage=job.shrinkage,
+        origin=job.parts.origin,
     )
     return Collected(source, moments, agreement)
 
