@@ -378,7 +378,7 @@ def test_an_architecture_that_transformers_does_not_read(llama, tiny_tokenizer, 
 
 def test_a_family_that_cannot_be_edited(llama, tiny_tokenizer, tmp_path, own):
     path = write_gguf(tmp_path / "a.gguf", llama, tiny_tokenizer, architecture="mamba")
-    essential(said(path), (str(path), "family 'mamba'", "not known", "llama"))
+    essential(said(path), (str(path), "family 'mamba'", "cannot be edited", "state-space"))
 
 
 def test_a_tokenizer_of_another_model(llama, tiny_tokenizer, tmp_path, own):
