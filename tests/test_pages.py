@@ -519,5 +519,6 @@ def test_search_finds_pages_without_a_network(alone: Visit) -> None:
 
 def test_the_derivation_is_printed_on_one_sheet(alone: Visit) -> None:
     alone.open("derivation.html")
+    alone.page.emulate_media(media="print")
     printed = alone.page.pdf(format="A4", prefer_css_page_size=True)
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 1
