@@ -250,7 +250,7 @@ def effect_maps(frames: Mapping[str, pd.DataFrame], axes: Any = None) -> Any:
                         f"{value:.2f}".replace("0.", ".") if abs(value) >= 0.005 else "0",
                         ha="center",
                         va="center",
-                        fontsize="x-small",
+                        fontsize="small",
                         color="white" if value > 0.5 * high else "black",
                     )
             step = -(-values.shape[1] // 12)
