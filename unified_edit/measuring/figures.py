@@ -176,7 +176,7 @@ def loss_curves(edit: Edit, ax: Axes | None = None) -> Axes:
     """
     plt, _ = plotting()
     with style() as palette:
-        ax = _axes(ax, WIDTH, 3.6 if len(edit.facts) <= NAMED_CURVES else 3.3)
+        ax = _axes(ax, WIDTH, 3.6)
         named = len(edit.facts) <= NAMED_CURVES
         for place, (fact, outcome) in enumerate(zip(edit.facts, edit.outcomes, strict=True)):
             label = f"{fact.subject} → {fact.target_new}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from unified_edit.errors import ModelError
 from unified_edit.model.packages import licence_text, package_with
+from unified_edit.model.tensor_files import written_whole
 
 #: Names under which a licence or a notice stands beside a model.
 _BESIDE = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt")
@@ -40,9 +40,9 @@ def write_notices(folder: Path, path: Path, wanted: Mapping[str, str]) -> None:
         if licence:
             texts["LICENSE"] = licence.encode()
         texts["NOTICE.unified_edit" if "NOTICE" in texts else "NOTICE"] = _notice(wanted).encode()
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            _write(folder / name, text)
+            with written_whole(folder / name) as temporary:
+                temporary.write_bytes(text)
     except OSError as problem:
         raise ModelError(
             f"{folder} cannot be written: {problem}. Give another place, or make room there"
@@ -64,14 +64,3 @@ def _notice(wanted: Mapping[str, str]) -> str:
             "made from it."
         )
     return _NOTICE.format(**wanted, where=where, terms=terms, library=version("unified_edit"))
-
-
-def _write(path: Path, text: bytes) -> None:
-    """A file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

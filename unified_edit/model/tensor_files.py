@@ -7,6 +7,8 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,25 @@ def _checksum(tensors: dict[str, Tensor], description: str) -> str:
     for name in sorted(tensors):
         digest.update(f"{name} {tensor_hash(tensors[name])}".encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Inside, a new file beside `path` to write into; it takes that name if nothing went wrong.
+
+    Folders are made. Raises OSError where that fails; nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_safetensors(
@@ -43,16 +64,8 @@ def write_safetensors(
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata = {"kind": kind, "description": text, "sha256": _checksum(contiguous, text)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with written_whole(path) as temporary:
             save_file(contiguous, temporary, metadata=metadata)
-            os.chmod(temporary, 0o666 & ~_umask())  # noqa: PTH101
-            os.replace(temporary, path)  # noqa: PTH105
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
     except (OSError, SafetensorError) as problem:  # the latter is what it makes of a full disk
         raise error(
             f"{path} cannot be written: {problem}. Give another place, or make room there"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from unified_edit.errors import UnifiedEditError
 from unified_edit.measuring.figures import plotting
+from unified_edit.teaching.states import Slider, named, shown_first, under_control
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,24 +34,6 @@ _MOVE = (
     "box.querySelector('.ue-says').textContent = shown.alt; "
     "this.setAttribute('aria-valuetext', name);"
 )
-
-
-@dataclass(frozen=True)
-class Slider:
-    """A movable figure; notebooks and pages show its HTML.
-
-    label: what the slider changes. names: of the states, in order. html: the whole of it.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    html: str
-
-    def _repr_html_(self) -> str:
-        return self.html
-
-    def __repr__(self) -> str:
-        return f"Slider({self.label!r}, {len(self.names)} states)"
 
 
 def slider(
@@ -74,39 +56,20 @@ def slider(
     Raises UnifiedEditError for fewer than two states, an index that is none, or an empty
     alternative text.
     """
-    pairs = [_named(state) for state in states]
-    if len(pairs) < 2:
-        raise UnifiedEditError(f"a slider needs at least two states, not {len(pairs)}")
-    first = len(pairs) // 2 if start is None else start
-    if not 0 <= first < len(pairs):
-        raise UnifiedEditError(f"start is {start}; the states are numbered 0 to {len(pairs) - 1}")
-    pictures, texts = [], []
+    pairs = named(states)
+    first = shown_first(len(pairs), start)
+    parts, texts = [], []
     for index, (name, state) in enumerate(pairs):
         text = describe(state).strip()
         if not text:
             raise UnifiedEditError(f"the picture of {label} = {name} has no alternative text")
-        pictures.append(
+        parts.append(
             f'<img src="data:image/png;base64,{_png(draw(state))}" alt="{escape(text)}" '
             f'data-state="{escape(name)}"{"" if index == first else " hidden"}>'
         )
         texts.append(text)
-    shown = escape(pairs[first][0])
-    html = (
-        '<div class="ue-slider">\n'
-        f'<label>{escape(label)} <input type="range" min="0" max="{len(pairs) - 1}" step="1" '
-        f'value="{first}" aria-valuetext="{shown}" oninput="{escape(_MOVE)}"></label> '
-        f"<output>{shown}</output>\n"
-        + "\n".join(pictures)
-        + f'\n<p class="ue-says" aria-hidden="true">{escape(texts[first])}</p>\n</div>'
-    )
-    return Slider(label, tuple(name for name, _ in pairs), html)
-
-
-def _named(state: Any) -> tuple[str, Any]:
-    """The name that is shown for a state, and the state."""
-    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], str):
-        return state
-    return str(state), state
+    parts.append(f'<p class="ue-says" aria-hidden="true">{escape(texts[first])}</p>')
+    return under_control(label, [name for name, _ in pairs], first, _MOVE, parts)
 
 
 def _png(figure: Figure) -> str:
