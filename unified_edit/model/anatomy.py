@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import ModelError
-from unified_edit.model.families import FAMILIES, REFUSED, Family
+from unified_edit.model.families import FAMILIES, Family, why_not
 from unified_edit.model.hooks import logits_of, quiet, read_last_token
 from unified_edit.model.obstacles import check_modules, check_projection, without_adapters
 
@@ -299,15 +299,9 @@ def anatomy(model: nn.Module) -> Anatomy:
             "unified_edit.load_model, which dequantises it)"
         )
     name = model.config.model_type
-    family = FAMILIES.get(name)
-    if name in REFUSED:
-        raise ModelError(f"the model family {name!r} ({kind}) cannot be edited: {REFUSED[name]}")
-    if family is None:
-        raise ModelError(
-            f"the model family {name!r} ({kind}) is not known; known are "
-            f"{', '.join(sorted(FAMILIES))}. What is missing is a row in "
-            "unified_edit/model/families.py: the paths of its blocks, their MLP and down-projection"
-        )
+    if reason := why_not(name):
+        raise ModelError(f"the model family {name!r} ({kind}) {reason}")
+    family = FAMILIES[name]
     if model.get_output_embeddings() is None:
         raise ModelError(f"{kind} has no language-model head; load it as a causal language model")
     check_modules(model)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from unified_edit.errors import ModelError
 from unified_edit.model.anatomy import Tokenizer
-from unified_edit.model.families import FAMILIES, REFUSED
+from unified_edit.model.families import why_not
 from unified_edit.model.gguf_header import Header, read_header
 from unified_edit.model.loading_report import check_report, said
 from unified_edit.model.notices import write_notices
@@ -246,16 +246,8 @@ def _converted(
 
 def _check_family(path: Path, family: str) -> None:
     """Raise ModelError for a family that cannot be edited, before hours go into its weights."""
-    if family in REFUSED:
-        raise ModelError(
-            f"{path} holds a model of the family {family!r}, which cannot be edited: "
-            f"{REFUSED[family]}"
-        )
-    if family not in FAMILIES:
-        raise ModelError(
-            f"{path} holds a model of the family {family!r}, which is not known; known are "
-            f"{', '.join(sorted(FAMILIES))}"
-        )
+    if reason := why_not(family):
+        raise ModelError(f"{path} holds a model of the family {family!r}, which {reason}")
 
 
 def _check_all_used(path: Path, header: Header, model: PreTrainedModel, used: int) -> None:

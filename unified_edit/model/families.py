@@ -94,3 +94,15 @@ REFUSED = {
         _STATES,
     ),
 }
+
+
+def why_not(name: str) -> str | None:
+    """What is said of a `config.model_type` that cannot be edited; None if it can be."""
+    if name in REFUSED:
+        return f"cannot be edited: {REFUSED[name]}"
+    if name not in FAMILIES:
+        return (
+            f"is not known; known are {', '.join(sorted(FAMILIES))}. What is missing is a row in "
+            "unified_edit/model/families.py: the paths of its blocks, their MLP and down-projection"
+        )
+    return None
