@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent
 BOOK = ROOT / "book"
 BUILD = ROOT / "_build"
 NOTEBOOKS = ROOT / "tools" / "notebooks.py"
+PREPARE = ROOT / "tools" / "prepare.py"
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
 EXTRAS = "book,test,peft,plot,gguf"
@@ -159,9 +160,16 @@ def check_tree(before: list[str] | None) -> None:
 # --- the book -------------------------------------------------------------------------------------
 
 
+def prepare(python: Path) -> None:
+    """Make what several notebooks need of the real model of Part III, before they run at once."""
+    run([python, PREPARE], "preparing the real model", environment(os.cpu_count() or 1))
+
+
 def execute(python: Path, folder: Path, model: str = MODEL) -> None:
     """Execute all notebooks of a folder in place; `Failure` if one of them fails."""
     one = model != MODEL  # a large model fits into memory once
+    if not one:
+        prepare(python)
     command: list[str | Path] = [python, NOTEBOOKS, "execute", folder]
     if one:
         command += ["--workers", "1", "--cell-seconds", str(LARGE_MODEL_CELL_SECONDS)]
@@ -272,6 +280,7 @@ def summary(reports: Mapping[str, Path]) -> list[str]:
 
 def nbval(python: Path, threads: int = 1) -> None:
     """Execute the notebooks again and compare what they print with the stored outputs."""
+    prepare(python)
     report = BUILD / "reports" / "notebooks.xml"
     pytest(python, "nbval", report, ["--nbval", "book"], {"OMP_NUM_THREADS": str(threads)})
 

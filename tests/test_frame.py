@@ -396,10 +396,11 @@ def test_stages_stop_at_the_first_failure_and_the_sum_comes_last(
     monkeypatch.setattr(make, "BUILD", tmp_path)
     monkeypatch.setattr(make, "lint", lambda python: ran.append("lint"))
     monkeypatch.setattr(make, "pytest", pytest_stage)
+    monkeypatch.setattr(make, "prepare", lambda python: ran.append("prepare"))
     monkeypatch.setattr(make, "render", lambda *arguments: ran.append("render"))
     with pytest.raises(make.Failure, match="nbval"):
         make.test(Path("python"))
-    assert ran == ["lint", "unit tests", "nbval"]
+    assert ran == ["lint", "unit tests", "prepare", "nbval"]
     assert capsys.readouterr().out.splitlines()[-1] == "8 passed, 6 failed, 6 skipped"
 
 

@@ -1,4 +1,4 @@
-"""Records by the name of a data set: atlas, and CounterFact and zsRE from the Hugging Face Hub."""
+"""Records by the name of a data set: atlas, CounterFact, zsRE."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import os
 import random
 from collections.abc import Callable
+from importlib.resources import as_file, files
 from pathlib import Path
 
 import huggingface_hub
@@ -46,6 +47,12 @@ def _hub_counterfact(skip_bad: bool) -> list[Record]:
     return as_records(objects, source, skip_bad=skip_bad)
 
 
+def _some_counterfact(skip_bad: bool) -> list[Record]:
+    """The 250 records of CounterFact that come with the library, see data/SOURCES.md."""
+    with as_file(files("unified_edit") / "data" / "counterfact_250.json") as path:
+        return read_records(path, skip_bad=skip_bad)
+
+
 def _hub_zsre(skip_bad: bool) -> list[Record]:
     """zsRE from the Hub, in KnowEdit's selection (Zhang et al. 2024)."""
     source, url = "zjunlp/KnowEdit", "https://rome.baulab.info/data/dsets/zsre_mend_eval.json"
@@ -60,6 +67,7 @@ def _hub_zsre(skip_bad: bool) -> list[Record]:
 _NAMED: dict[str, Callable[[bool], list[Record]]] = {
     "atlas": lambda skip_bad: list(atlas_records()),
     "counterfact": _hub_counterfact,
+    "counterfact-250": _some_counterfact,
     "zsre": _hub_zsre,
 }
 
@@ -90,11 +98,13 @@ def load_records(
 ) -> list[Record]:
     """Records by the name of a data set, or from a file.
 
-    "atlas" needs no network; "counterfact" and "zsre" (KnowEdit's selection) are downloaded from
-    the Hugging Face Hub; anything else is a path for `read_records`. `limit`: at most so many of
-    the usable records, the first ones, or with a `seed` a sample without replacement, which is
-    the same for the same seed. Raises `FactFileError` where the data cannot be had or read, and
-    `FactError` for a limit below 1 and for a limit or a seed that is no whole number.
+    "atlas" needs no network, nor does "counterfact-250", a part of CounterFact that comes with the
+    library (MIT, Meng et al. 2022; see `unified_edit/data/SOURCES.md`); "counterfact" and "zsre"
+    (KnowEdit's selection) are downloaded from the Hugging Face Hub; anything else is a path for
+    `read_records`. `limit`: at most so many of the usable records, the first ones, or with a `seed`
+    a sample without replacement, which is the same for the same seed. Raises `FactFileError` where
+    the data cannot be had or read, and `FactError` for a limit below 1 and for a limit or a seed
+    that is no whole number.
     """
     if limit is not None:
         limit = whole_number(limit, "limit", FactError, least=1, advice="Leave it out for all.")

@@ -2,9 +2,10 @@
 
 from unified_edit.statistics.cache import TOKENS_PER_DIMENSION, cache_folder, statistics_for
 from unified_edit.statistics.collect import Source
-from unified_edit.statistics.corpora import default_corpus
+from unified_edit.statistics.corpora import default_corpus, wikitext_extract
 from unified_edit.statistics.key_statistics import KeyStatistics
 
 __all__ = (
-    "TOKENS_PER_DIMENSION KeyStatistics Source cache_folder default_corpus statistics_for".split()
+    "TOKENS_PER_DIMENSION KeyStatistics Source cache_folder default_corpus statistics_for "
+    "wikitext_extract".split()
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.resources import files
 
 from transformers import PreTrainedModel
 
@@ -11,13 +12,29 @@ from unified_edit.atlas.knowledge import load_knowledge
 from unified_edit.errors import StatisticsError
 
 
+def wikitext_extract() -> list[str]:
+    """188 paragraphs of WikiText-2's validation part, which come with the library (CC BY-SA 3.0).
+
+    About 32,000 tokens: enough for keys of up to 1,500 entries, and for trying things without a
+    network. `unified_edit/data/SOURCES.md` names the articles.
+    """
+    text = (files("unified_edit") / "data" / "wikitext2_valid.txt").read_text(encoding="utf-8")
+    return text.splitlines()
+
+
 def default_corpus(model: PreTrainedModel) -> Iterator[str]:
     """Texts of the kind the model was made for: atlas's own, WikiText-103 for all others.
+
+    For "smollm2", whose weights are always the same, the text is always the same too, and there
+    without a network: `wikitext_extract`.
 
     Raises StatisticsError where WikiText cannot be loaded from the Hugging Face Hub.
     """
     if str(model.config._name_or_path) == "atlas":
         yield from texts(load_knowledge(), 4000)
+        return
+    if str(model.config._name_or_path) == "smollm2":
+        yield from wikitext_extract()
         return
     try:
         from datasets import load_dataset
