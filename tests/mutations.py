@@ -50,6 +50,7 @@ STATISTICS = ("tests/test_key_statistics.py", "-k", "second_moment or interrupte
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
+TUNING = ("tests/test_fine_tuning.py", "-k", "released or stops or norm")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 
@@ -69,6 +70,7 @@ CHAPTERS = {
     BAD_INPUT: (),
     GGUF: (),
     TRACING: ("locating",),
+    TUNING: (),
     FAMILIES: (),
 }
 
@@ -222,6 +224,12 @@ FAULTS = (
           TRACING),
     Fault("intervals of single facts instead of their mean", "measuring/traces.py",
           "means = have[drawn].mean(axis=1)", "means = have[drawn[:, 0]]", TRACING),
+    Fault("fine-tuning without its bound", "editing/tuning.py",
+          "change.clamp_(-how.norm, how.norm)", "pass", TUNING),
+    Fault("decay of Delta instead of the weight", "editing/tuning.py",
+          "gradient.add(start + change, alpha", "gradient.add(change, alpha", TUNING),
+    Fault("a batch that is learnt goes on moving", "editing/tuning.py",
+          "if sum(found) / len(found) >= how.stop_loss:", "if found:", TUNING),
     Fault("kept keys cut to the window", "editing/values.py",
           "made = DynamicCache()  # all tokens",
           "made = DynamicCache(config=parts.model.config)  #", FAMILIES),

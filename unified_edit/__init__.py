@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Editor,
         Method,
         edit,
+        fine_tune,
         load_model,
         optimise_values,
     )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         compare,
         evaluate,
         evaluate_edits,
+        evaluate_made,
         figures,
         load_records,
         locate,
@@ -48,12 +50,12 @@ if TYPE_CHECKING:
 #: Floor of the house -> the public names that come from it.
 _FLOORS = {
     "editing": (
-        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor Method edit load_model "
-        "optimise_values"
+        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor Method edit fine_tune "
+        "load_model optimise_values"
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
-    "measuring": "ask compare evaluate evaluate_edits load_records locate",
+    "measuring": "ask compare evaluate evaluate_edits evaluate_made load_records locate",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

@@ -3,6 +3,7 @@
 from unified_edit.editing.choices import Choice
 from unified_edit.editing.editor import Editor, edit, optimise_values
 from unified_edit.editing.edits import Edit
+from unified_edit.editing.fine_tuning import fine_tune
 from unified_edit.editing.keys import (
     KEY_MEANS,
     SITES,
@@ -25,12 +26,13 @@ from unified_edit.editing.prefixes import Contexts, sample_prefixes
 from unified_edit.editing.provenance import Outcome, Provenance, Touched
 from unified_edit.editing.settings import DEFAULTS, SETTINGS
 from unified_edit.editing.spreading import SPREADS, shares
+from unified_edit.editing.tuning import FineTuning
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.editing.values_cache import values_for
 
 __all__ = (
     "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEMIT METHODS PRESERVATIONS ROME SETTINGS SITES "
-    "SPREADS Choice Contexts Edit Editor Method Outcome Plan Provenance Touched Values "
-    "compute_keys compute_values context_weights edit load_model optimise_values read_values "
-    "sample_prefixes shares values_for"
+    "SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance Touched Values "
+    "compute_keys compute_values context_weights edit fine_tune load_model optimise_values "
+    "read_values sample_prefixes shares values_for"
 ).split()

@@ -26,6 +26,7 @@ from unified_edit.editing.provenance import (
     check_alone,
     check_arrived,
 )
+from unified_edit.editing.tuning import FineTuning
 from unified_edit.errors import EditError, EditFileError, UnifiedEditError
 from unified_edit.facts import Fact
 from unified_edit.model.hooks import lock_of
@@ -43,7 +44,7 @@ FORMAT = "unified_edit.edit/2"
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One edit of a model, made by `unified_edit.edit` or read by `Edit.load`.
+    """One edit of a model, made by `edit` or `fine_tune`, or read by `Edit.load`.
 
     updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x E)}, the keys that the
     update was solved for. outcomes: one `Outcome` a fact. warnings: what a user should know about
@@ -51,7 +52,7 @@ class Edit:
     """
 
     facts: tuple[Fact, ...]
-    method: Method
+    method: Method | FineTuning
     updates: Mapping[str, Update]
     keys: Mapping[str, Tensor]
     outcomes: tuple[Outcome, ...]
@@ -253,9 +254,10 @@ class Edit:
                 name: Touched(**touched) for name, touched in meta["provenance"]["weights"].items()
             }
             prefixes = tuple(meta["provenance"]["prefixes"])
+            kind = FineTuning if "norm" in meta["method"] else Method
             edit = cls(
                 facts=tuple(Fact(**fact) for fact in meta["facts"]),
-                method=Method.from_dict(meta["method"]),
+                method=kind.from_dict(meta["method"]),
                 updates={
                     name: _update(tensors, name, Diagnosis(**diagnosis))
                     for name, diagnosis in meta["diagnosis"].items()

@@ -80,7 +80,7 @@ _CHOLESKY_LIMIT = 1e6
 
 _EPS = torch.finfo(torch.float64).eps
 
-Form = Literal["equality", "ridge", "least_violation"]
+Form = Literal["equality", "ridge", "least_violation", "fine-tuning"]
 Infeasible = Literal["raise", "least_violation"]
 
 
@@ -95,7 +95,7 @@ class Diagnosis:
     - preservation_error: tr(Delta C0 Delta^T), the mean squared change of a preserved key's value;
       for an equality it is :eq:`emmet-price`.
     - form: the problem solved: "equality", "ridge", or "least_violation", the limit lam -> 0 where
-      the equality cannot be held.
+      the equality cannot be held; "fine-tuning" where none was, and the numbers are NaN (rank 0).
     """
 
     condition: float
