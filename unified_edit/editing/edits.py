@@ -46,10 +46,9 @@ FORMAT = "unified_edit.edit/2"
 class Edit:
     """One edit of a model, made by `edit` or `fine_tune`, or read by `Edit.load`.
 
-    updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, the keys
-    that the update was solved for. columns: for each fact its column there, one of its own unless
-    facts of one subject were merged. outcomes: one `Outcome` a fact. warnings: what a user should
-    know about this edit.
+    updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, what the
+    update was solved for. columns: for each fact its column there, one of its own unless facts of
+    one subject were merged. outcomes: one a fact. warnings: what a user should know about it.
     """
 
     facts: tuple[Fact, ...]
