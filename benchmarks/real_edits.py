@@ -1,12 +1,12 @@
 """A hundred real edits: ROME, EMMET, MEMIT and fine-tuning on SmolLM2, singly and in batches.
 
     python benchmarks/real_edits.py measure --rows _build/real_edits
-    python benchmarks/real_edits.py summarise --rows _build/real_edits --out book/data/smollm2_edits.json
+    python benchmarks/real_edits.py summarise --rows _build/real_edits --out book/data/NAME.json
 
-The facts are records 0 to 99 of "counterfact-250" (0 to 249 for the batch of 250), all of them, with
-both paraphrases and all ten neighbours. Layer, clamp and lam were chosen on records 150 to 249
-(benchmarks/results/suggest_smollm2.json). Each condition and seed (of the sampled contexts) writes
-its answers to a file of its own; what is there is not measured again. C0 is that of the cache.
+The facts are records 0 to 99 of "counterfact-250" (0 to 249 for the batch of 250), all of them,
+with both paraphrases and all ten neighbours. Layer, clamp and lam were chosen on records 150 to 249
+(suggest_smollm2.py). Each condition and seed (of the sampled contexts) writes its answers to a file
+of its own; what is there is not measured again. C0 is that of the cache.
 """
 
 from __future__ import annotations
