@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from unified_edit.measuring import (
         ask,
         compare,
+        complete,
         evaluate,
         evaluate_edits,
         evaluate_made,
@@ -55,7 +56,7 @@ _FLOORS = {
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
-    "measuring": "ask compare evaluate evaluate_edits evaluate_made load_records locate",
+    "measuring": ("ask compare complete evaluate evaluate_edits evaluate_made load_records locate"),
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

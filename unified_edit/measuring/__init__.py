@@ -2,6 +2,7 @@
 
 from unified_edit.measuring import figures
 from unified_edit.measuring.evaluation import ask, compare, evaluate, evaluate_edits
+from unified_edit.measuring.generation import complete
 from unified_edit.measuring.made_edits import evaluate_made
 from unified_edit.measuring.questions import Question, Sheet, to_table
 from unified_edit.measuring.record_sets import load_records
@@ -13,6 +14,6 @@ from unified_edit.measuring.tracing import locate, subject_sigma
 
 __all__ = (
     "END FIRST LAST PLACES Average Prompt Question Report Score Sheet Trace TracedFact ask "
-    "compare evaluate evaluate_edits evaluate_made figures harmonic_mean load_records locate "
-    "read_prompt subject_sigma summarise to_table"
+    "compare complete evaluate evaluate_edits evaluate_made figures harmonic_mean load_records "
+    "locate read_prompt subject_sigma summarise to_table"
 ).split()
