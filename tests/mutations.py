@@ -41,7 +41,7 @@ class Fault:
 OBJECTIVE = ("tests/test_objective.py",)
 METRICS = ("tests/test_metrics.py",)
 KEYS = ("tests/test_recipe.py", "-k", "test_keys and not atlas")
-BEGINNINGS = ("tests/test_tokenizers.py", "-k", "sampled or separator or from_nothing")
+BEGINNINGS = ("tests/test_tokenizers.py", "-k", "sampled or separator or from_nothing or at_a_sink")
 VALUES = ("tests/test_values.py", "-k", "test_values and not atlas")
 WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and not atlas")
 EDITS = ("tests/test_edits.py",)
@@ -118,6 +118,10 @@ FAULTS = (
     Fault("the start of a chat for the separator", "model/prompts.py",
           "added[name] for name in SEPARATORS if name in added), first)",
           "added[name] for name in SEPARATORS if name in self.before), first)", BEGINNINGS),
+    Fault("a subject at a sink goes unsaid", "editing/sinks.py",
+          "if row.subject == 0]", "if row.subject < 0]", BEGINNINGS),
+    Fault("the bare prompt is compared with itself", "editing/sinks.py",
+          "keys[:, 1:].mean(dim=1)", "keys.mean(dim=1)", BEGINNINGS),
     Fault("what texts are sampled behind is counted", "editing/prefixes.py",
           "len(front) + length - rows.shape[1]", "length - rows.shape[1]", BEGINNINGS),
     Fault("a text from nothing begins with anything", "editing/prefixes.py",
