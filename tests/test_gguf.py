@@ -25,6 +25,7 @@ from fixtures_refusals import FACTS, ONE, essential
 
 import unified_edit as ue
 from unified_edit.editing import Contexts, Editor
+from unified_edit.editing.sinks import check_first_place
 from unified_edit.errors import EditFileError, ModelError, StatisticsError
 from unified_edit.model import Encoder, anatomy, dequantised, ledger_of, packages
 from unified_edit.model.gguf_header import read_header
@@ -503,6 +504,20 @@ def test_a_fact_of_the_packaged_model_is_edited(smollm2, tiny_texts):
     assert ue.ask(model, tokenizer, other, k=1)["token"].tolist() == [" Rome"]
     edit.undo()
     assert ue.ask(model, tokenizer, other, k=1)["token"].tolist() == [" Paris"]
+
+
+def test_a_subject_at_the_packaged_model_s_sink(smollm2):
+    """Nothing stands in front of it: an edit there holds in other texts, not in the bare prompt."""
+    model, tokenizer = smollm2
+    parts, prefixes = anatomy(model), ["", "It is said. ", "Therefore, nobody was there. "]
+    facts = [
+        ue.Fact(one, "France", "Asia")
+        for one in ("{} is a country on the continent of", "It is known that {} lies in")
+    ]
+    rows = Encoder(tokenizer, parts).fact_rows(facts, prefixes)
+    for layer, count in ((0, 0), (1, 1), (3, 1), (11, 1)):  # the sink is made in block 1
+        said = check_first_place(parts, rows, layer)
+        assert len(said) == count and all(facts[0].text in one for one in said)
 
 
 def test_prefixes_of_the_packaged_model_are_english(smollm2):

@@ -10,14 +10,15 @@ import copy
 import re
 
 import pytest
+import reference
 import torch
-from fixtures_refusals import EVERY, FACTS, ONE, TOWER, refused
+from fixtures_refusals import EVERY, FACTS, ONE, OSLO, TOWER, essential, refused
 from fixtures_tiny import END, byte_level_tokenizer
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 import unified_edit as ue
-from unified_edit.editing import Contexts, Editor
+from unified_edit.editing import Contexts, Editor, sinks
 from unified_edit.errors import TokenizationError
 from unified_edit.model import Encoder, anatomy, likelihoods
 
@@ -253,6 +254,67 @@ def test_a_start_that_there_is_none_of(make_gpt2, tiny_texts, contexts) -> None:
     words = ("without a start", "has none", "set tokenizer.bos_token", "starts that are words")
     with refused(model, TokenizationError, *words):
         Editor(model, marked(tiny_texts, None, None, "</s>")).prefixes(contexts)
+
+
+# --- a subject that is the first token ---
+
+#: Its subject is one token; a second fact's is not at the first place.
+FIRST = ue.Fact("{} tower is in the city of", "The", "Rome")
+
+
+@EVERY
+def test_a_subject_at_a_sink_is_said(
+    make_gpt2, tiny_tokenizer, tiny_statistics, method, monkeypatch, caplog
+) -> None:
+    """With the cosine of its key there with those behind the prefixes, once a fact."""
+    model = make_gpt2()
+    facts, layer = [FIRST, OSLO], method.layers[0]
+    rows = [Encoder(tiny_tokenizer, anatomy(model)).row(fact) for fact in facts]
+    assert [bool(row.subject) for row in rows] == [False, True]
+    monkeypatch.setattr(sinks, "ALIKE", 1.1)
+    made = ue.edit(model, tiny_tokenizer, facts, method, statistics=tiny_statistics, apply=False)
+    (said,) = [text for text in made.warnings if "sink" in text]
+    bare, *others = (
+        reference.key(
+            model, tiny_tokenizer, FIRST.prompt, FIRST.subject, [prefix + "{}"], layer, "plain"
+        )
+        for prefix in made.provenance.prefixes
+    )
+    mean = torch.stack(others).mean(dim=0)
+    cosine = float(bare @ mean / bare.norm() / mean.norm())
+    advice = "words in front of the subject: Fact('It is known that {} tower is in the city of', "
+    essential(said, (repr(FIRST.text), f"at layer {layer}", f" is {cosine:.2f}. ", advice))
+    assert said in caplog.text
+
+
+def test_a_subject_at_the_first_place_that_is_no_sink(
+    tiny, tiny_tokenizer, beginning, tiny_texts, tiny_statistics, monkeypatch
+) -> None:
+    """What is alike there and elsewhere is used as it is; behind BOS no subject comes first."""
+
+    def sinks_of(tokenizer, statistics):
+        made = ue.edit(tiny, tokenizer, FIRST, ONE, statistics=statistics, apply=False)
+        return [text for text in made.warnings if "sink" in text]
+
+    monkeypatch.setattr(sinks, "ALIKE", -1.1)
+    assert not sinks_of(tiny_tokenizer, tiny_statistics)
+    monkeypatch.setattr(sinks, "ALIKE", 1.1)
+    assert sinks_of(tiny_tokenizer, tiny_statistics)
+    statistics = ue.KeyStatistics.collect(tiny, beginning, tiny_texts, [1], shrinkage=1e-2)
+    assert not sinks_of(beginning, statistics)
+
+
+def test_on_atlas_a_word_is_a_word_at_any_place(atlas) -> None:
+    model, tokenizer = atlas
+    parts = anatomy(model)
+    facts = [
+        ue.Fact("{} is a country on the continent of", "France", "Asia"),
+        ue.Fact("{} is the capital of", "Rome", "Spain"),
+    ]
+    rows = Encoder(tokenizer, parts).fact_rows(facts, Editor(model, tokenizer).prefixes(Contexts()))
+    assert [row.subject for row in rows.bare] == [0, 0]
+    for layer in range(parts.n_layers):
+        assert sinks.check_first_place(parts, rows, layer) == []
 
 
 def test_a_text_of_nothing_but_what_is_added(tiny, ending, beginning) -> None:

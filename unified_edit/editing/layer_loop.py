@@ -12,6 +12,7 @@ from unified_edit.editing.keys import column_means, keys_of, values_at
 from unified_edit.editing.methods import Method
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
 from unified_edit.editing.provenance import Outcome
+from unified_edit.editing.sinks import check_first_place
 from unified_edit.editing.spreading import shares
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.errors import EditError
@@ -86,6 +87,7 @@ def _write_one(
         made.warnings += merged_subjects(plan, keys_of_facts)
     else:
         made.warnings += check_subjects(method, plan.facts, first_keys)
+    made.warnings += check_first_place(parts, rows, plan.layers[0])
     metric = method.preservation(statistics, plan.weights[0])
     if ridge == 0 and method.infeasible == "raise":
         # a batch that cannot be held is refused before its values are optimised
