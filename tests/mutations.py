@@ -57,6 +57,7 @@ GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_ove
 TUNING = ("tests/test_fine_tuning.py", "-k", "released or stops or norm")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
+SHARED = ("tests/test_shared_subjects.py",)
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -76,6 +77,7 @@ CHAPTERS = {
     TRACING: ("locating",),
     TUNING: (),
     FAMILIES: (),
+    SHARED: (),
 }
 
 FAULTS = (
@@ -255,6 +257,33 @@ FAULTS = (
           'hidden.clone() if side == "output" else hidden', "hidden", FAMILIES),
     Fault("noise measured in the table of embeddings", "measuring/tracing.py",
           "parts.embedded(ids)", "parts.embeddings.detach()[ids]", FAMILIES),
+    Fault("a subject's key is that of its first fact", "editing/keys.py",
+          "of_facts[:, one].mean(dim=1) if len(one) > 1", "of_facts[:, one[0]] if len(one) > 1",
+          SHARED),
+    Fault("a subject's value begins where its first fact's does", "editing/prepared.py",
+          "for index in range(last + 1 - len(of_value), last, contexts)",
+          "for index in range(last + 1 - len(of_value), last, len(of_value))", SHARED),
+    Fault("a subject's value is that of its last fact", "editing/values.py",
+          "row for i in one for row in rows.behind[i]",
+          "row for i in one for row in rows.behind[one[-1]]", SHARED),
+    Fault("a value is taken for only some of its facts", "editing/values.py",
+          "            if left_out:\n", "            if False:\n", SHARED),
+    Fault("values of facts are taken for those of subjects", "editing/plans.py",
+          "if found.columns != plan.columns:", "if False:", SHARED),
+    Fault("keys in the order of the batches, not of the facts", "editing/layer_loop.py",
+          "order = sorted(range(len(written)), key=written.__getitem__)",
+          "order = list(range(len(written)))", SHARED),
+    Fault("outcomes in the order of the batches", "editing/layer_loop.py",
+          "after = dict(zip(asked, made.after, strict=True))",
+          "after = dict(enumerate(made.after))", SHARED),
+    Fault("what never took is said to be lost", "editing/layer_loop.py",
+          "if took and not after.greedy", "if took", SHARED),
+    Fault("facts of a subject in one batch", "facts/batches.py",
+          "batch_of[place] = texts[facts[place].text]",
+          "batch_of[place] = 0 * texts[facts[place].text]", SHARED),
+    Fault("the first of contradicting facts wins", "facts/batches.py",
+          "index for index, fact in enumerate(items)}",
+          "index for index, fact in reversed(list(enumerate(items)))}", SHARED),
 )  # fmt: skip
 
 

@@ -24,10 +24,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import (
+    ContradictionError,
     InfeasibleError,
     MethodError,
     SharedSubjectError,
@@ -35,6 +36,7 @@ from unified_edit.errors import (
     StatisticsFileError,
     UnifiedEditError,
 )
+from unified_edit.facts import Conflict, SharedSubject
 
 PROGRAM = "python -m unified_edit"
 OK, FAILED = 0, 1
@@ -214,6 +216,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--statistics", type=_path, metavar="FILE",
                        help="C0 of these layers, made by the command statistics (default: from "
                        "the cache, or collected from the model's default corpus and kept)")
+    group.add_argument("--on-shared-subject", choices=get_args(SharedSubject),
+                       help="facts about one subject in a batch: refuse them where the method is "
+                       "an equality (the default), find one value for all of them, or write them "
+                       "in consecutive batches")
+    group.add_argument("--on-conflict", choices=get_args(Conflict),
+                       help="facts with the same prompt and subject and different targets: refuse "
+                       "them (the default), or take the last one")
     saved = argparse.ArgumentParser(**plain)
     saved.add_argument("--force", action="store_true",
                        help="replace files that are there already")
@@ -245,8 +254,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _hint(problem: UnifiedEditError) -> str | None:
     """The options that stand for what a message of the library says in terms of Python."""
+    if isinstance(problem, ContradictionError):
+        return "the last one wins with --on-conflict last"
     if isinstance(problem, (InfeasibleError, SharedSubjectError)):
-        return "a method with a ridge is --method MEMIT, or --ridge LAM"
+        ways = "; facts about one subject: --on-shared-subject merge, or split"
+        shared = ways if isinstance(problem, SharedSubjectError) else ""
+        return f"a method with a ridge is --method MEMIT, or --ridge LAM{shared}"
     if isinstance(problem, MethodError):
         return "these settings are --layers and --ridge"
     if isinstance(problem, StatisticsError) and not isinstance(problem, StatisticsFileError):

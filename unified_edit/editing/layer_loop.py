@@ -172,7 +172,7 @@ def lost_again(plan: Plan, made: Written) -> list[str]:
     return [
         f"{len(lost)} of {len(asked)} facts took in their own turn and were lost by a later one: "
         + "; ".join(f"{fact.text!r} -> {fact.target_new!r}" for fact in lost)
-        + ". Try one value for all facts of a subject: on_shared_subject='merge'"
+        + ". One value for all facts of a subject is found by on_shared_subject='merge'"
     ]
 
 
