@@ -29,7 +29,8 @@ import unified_edit as ue
 from unified_edit.editing import values_for
 from unified_edit.editing.values import Values
 from unified_edit.facts import Fact, shared_subjects
-from unified_edit.measuring.questions import Sheet, to_table
+from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring.report import to_table
 from unified_edit.measuring.scores import AFTER, BEFORE, summarise
 from unified_edit.statistics import statistics_for
 

@@ -171,6 +171,7 @@ def test_version(capsys):
         (["evaluate", "--on-conflict", "last"], "--on-conflict is of use with --method only"),
         (["edit", "--out", "x", *SINGLE, "--on-shared-subject", "mix"], "invalid choice: 'mix'"),
         (["evaluate", "--out", "same", "--table", "same"], "the same file"),
+        (["evaluate", "--to", "same", "--table", "same"], "the same file"),
         (["statistics", "--out", "x"], "--layers"),
         (["statistics", "--out", "x", "--layers", "0", "--split", "lines"], "with --texts only"),
     ],
@@ -365,6 +366,24 @@ def test_evaluate_a_saved_edit(run):
         "--edit", "edit.safetensors", "--limit", 1,
     )  # fmt: skip
     assert "warning" not in err
+
+
+def test_evaluate_into_a_file_that_is_gone_on_with(run, place, tmp_path):
+    arguments = [
+        "evaluate", "--model", "model", "--records", "records.jsonl", "--method", "EMMET",
+        "--layers", "0", "--statistics", "stats.safetensors", "--to", tmp_path / "answers.jsonl",
+    ]  # fmt: skip
+    text, _ = run(*arguments)
+    written = (tmp_path / "answers.jsonl").read_bytes()
+    assert f"wrote {tmp_path / 'answers.jsonl'}" in text
+    assert repr(ue.measuring.Report.read(tmp_path / "answers.jsonl")) in text
+    (tmp_path / "answers.jsonl").write_bytes(written[:-150])
+    assert run(*arguments)[0] == text
+    assert (tmp_path / "answers.jsonl").read_bytes() == written
+    _, err = run(*arguments, "--seed", 1, code=1)
+    assert "made from something else (seed: 0 there, 1 here)" in err
+    document, _ = run(*arguments[:5], "--known-only", "--json")
+    assert json.loads(document)["known_only"] is True
 
 
 def test_evaluate_the_model_alone_for_people(run):

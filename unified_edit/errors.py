@@ -82,6 +82,10 @@ class EditFileError(EditError, ValueError):
     """An edit file is corrupt, truncated, not one of ours, or made for another model."""
 
 
+class ReportFileError(UnifiedEditError, ValueError):
+    """A file of answers is damaged, not one of ours, or was made from something else."""
+
+
 def quote(text: str, width: int = 80) -> str:
     """`text` in quotes, shortened to about `width` characters, for messages."""
     return repr(text if len(text) <= width else text[: width - 3] + "...")

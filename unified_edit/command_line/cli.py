@@ -126,6 +126,8 @@ def _evaluate(made: argparse.ArgumentParser) -> None:
           --out report.json --table table.csv
       python -m unified_edit evaluate --model gpt2-xl --records counterfact --limit 100 --seed 0 \\
           --json
+      python -m unified_edit evaluate --model gpt2-xl --records counterfact --method EMMET \\
+          --known-only --to answers.jsonl
     """
     made.add_argument("--records", default="atlas", metavar="NAME",
                       help="atlas (the default), counterfact, zsre, or a file of records")
@@ -141,6 +143,17 @@ def _evaluate(made: argparse.ArgumentParser) -> None:
                       help="a saved edit; may be given several times, in order")
     made.add_argument("--batch-size", type=_whole(1), metavar="N",
                       help="with --method: records edited together (default: 1)")
+    made.add_argument("--on-shared-subject", choices=("raise", "merge", "split"),
+                      help="with --method: facts of a batch about one subject are refused (the "
+                      "default), get one value, or are written one after another")
+    made.add_argument("--on-conflict", choices=("raise", "last"),
+                      help="with --method: facts of a batch that contradict each other are refused "
+                      "(the default), or the last one wins")
+    made.add_argument("--known-only", action="store_true",
+                      help="leave out records whose true object the model does not prefer before")
+    made.add_argument("--to", type=_path, metavar="FILE",
+                      help="write the answers here as they come, as JSON Lines; the same command "
+                      "goes on from there")
     made.add_argument("--out", type=_path, metavar="FILE", help="write the JSON document here too")
     made.add_argument("--table", type=_path, metavar="FILE",
                       help="write one line a prompt and state here, as CSV")

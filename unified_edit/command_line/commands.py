@@ -114,11 +114,14 @@ def run_evaluate(args: Namespace) -> Result:
         for name in ("layers", "ridge", "statistics", "batch_size", *_WAYS):
             if getattr(args, name) is not None:
                 args.parser.error(f"--{name.replace('_', '-')} is of use with --method only")
-    if args.out is not None and args.out == args.table:
-        args.parser.error("--out and --table are the same file")
+    places = [path for path in (args.to, args.table, args.out) if path is not None]
+    if len(set(places)) < len(places):
+        args.parser.error("two of --to, --table and --out are the same file")
     for path in (args.out, args.table):
         if path is not None:
             check_place(path, args.force)
+    if args.to is not None:
+        check_place(args.to, force=True)  # what is there is gone on with
     method = None if args.method is None else _method(args)
     statistics, edits = _statistics(args), _edits(args)
     records = load_records(args.records, limit=args.limit, seed=args.seed)
@@ -127,8 +130,8 @@ def run_evaluate(args: Namespace) -> Result:
     if method is not None:
         method = method.resolve(model)
         report = evaluate_edits(
-            model, tokenizer, records, method,
-            batch_size=size, statistics=statistics, seed=seed, **_ways(args),
+            model, tokenizer, records, method, batch_size=size, statistics=statistics, seed=seed,
+            to=args.to, known_only=args.known_only, **_ways(args),
         )  # fmt: skip
     else:
         written = {(fact.text, fact.target_new) for one in edits for fact in one.facts}
@@ -138,7 +141,9 @@ def run_evaluate(args: Namespace) -> Result:
             log.warning(say, len(others), len(records))
         for one in edits:
             one.apply(model)
-        report = evaluate(model, tokenizer, records, seed=seed)
+        report = evaluate(
+            model, tokenizer, records, seed=seed, to=args.to, known_only=args.known_only
+        )
     document = {
         **_about(args, model),
         "source": args.records,
@@ -152,7 +157,7 @@ def run_evaluate(args: Namespace) -> Result:
         write_text(args.table, report.table.to_csv(index=False, lineterminator="\n"))
     if args.out is not None:
         write_text(args.out, to_json(document) + "\n")
-    return Result(document, repr(report) + _wrote(args.table, args.out))
+    return Result(document, repr(report) + _wrote(*places))
 
 
 def run_statistics(args: Namespace) -> Result:

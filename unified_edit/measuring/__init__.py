@@ -1,12 +1,13 @@
 """Measuring: what a model says before and after, and where it keeps what it says."""
 
 from unified_edit.measuring import figures
-from unified_edit.measuring.evaluation import ask, compare, evaluate, evaluate_edits
+from unified_edit.measuring.asking import ask, compare
+from unified_edit.measuring.evaluation import evaluate, evaluate_edits
 from unified_edit.measuring.generation import complete
 from unified_edit.measuring.made_edits import evaluate_made
-from unified_edit.measuring.questions import Question, Sheet, to_table
+from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
-from unified_edit.measuring.report import Report
+from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import Score, harmonic_mean, summarise
 from unified_edit.measuring.traced_runs import Prompt, read_prompt
 from unified_edit.measuring.traces import END, FIRST, LAST, PLACES, Average, Trace, TracedFact

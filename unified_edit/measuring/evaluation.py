@@ -1,127 +1,57 @@
-"""Asking a model, and measuring what edits did to it.
+"""Measuring what edits did to a model, on records.
 
 Definitions of the scores are in `unified_edit.measuring.scores`, of probabilities in
 `unified_edit.model.likelihoods`. Everything here leaves the model bit for bit as it was found, also
 when it fails, and runs in evaluation mode without gradients.
+
+Records are taken in groups of `GROUP`, whether there are ten or ten thousand, so that what a record
+is asked together with does not depend on where an interrupted run went on.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import as_list, whole_number
+from unified_edit.arguments import is_flag, whole_number
 from unified_edit.editing.editor import Editor
-from unified_edit.editing.edits import Edit
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.plans import check_subjects
-from unified_edit.errors import EditError, FactError, MethodError, brief
+from unified_edit.editing.values import Values
+from unified_edit.editing.values_cache import values_for
+from unified_edit.errors import MethodError, brief
 from unified_edit.facts import Fact, Record, check_batch
-from unified_edit.facts.facts import clean_text
-from unified_edit.measuring.questions import Sheet, to_table
+from unified_edit.measuring.answer_lines import AnswerLines
+from unified_edit.measuring.answering import Asking
+from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring.record_source import GROUP, RecordSource
 from unified_edit.measuring.report import Report
 from unified_edit.measuring.scores import AFTER, BEFORE, check_bootstrap
-from unified_edit.model.anatomy import Tokenizer, anatomy
+from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet
-from unified_edit.model.ledger import ledger_of
-from unified_edit.model.likelihoods import likelihoods, next_token
+from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics import KeyStatistics, statistics_for
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 log = logging.getLogger(__name__)
-
-
-def ask(
-    model: PreTrainedModel, tokenizer: Tokenizer, prompts: str | Sequence[str], k: int = 5
-) -> pd.DataFrame:
-    """The `k` most probable next tokens after each prompt, by the model as it is.
-
-    Columns: prompt, rank (from 1), token (its text, with the blank in front that belongs to it),
-    probability. Outer whitespace of a prompt is dropped: a blank at its end would be a token of
-    its own, after which the model expects something else.
-
-    Raises FactError for no or empty prompts, MethodError for k < 1, and what `anatomy` raises.
-    """
-    import pandas as pd
-
-    number = whole_number(k, "k", MethodError, least=1, advice="Ask for at least one token")
-    parts = anatomy(model)
-    texts = _texts(prompts, "prompts")
-    rows = Encoder(tokenizer, parts).prompts(texts)
-    lines = []
-    for text, distribution in zip(texts, next_token(parts, rows), strict=True):
-        top = distribution.topk(min(number, len(distribution)))
-        for place, (value, token) in enumerate(zip(*map(list, top), strict=True)):
-            lines.append((text, place + 1, tokenizer.decode([int(token)]), float(value)))
-    return pd.DataFrame(lines, columns=["prompt", "rank", "token", "probability"])
-
-
-def compare(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: str | Sequence[str],
-    targets: str | Sequence[str],
-    edits: Edit | Sequence[Edit] | None = None,
-) -> pd.DataFrame:
-    """Probabilities of each target after each prompt, before and after editing.
-
-    One row a (prompt, target); columns prompt, target, tokens (how many the target has), before
-    and after. Both are P = exp(mean token log-probability), the geometric mean of the
-    probabilities of the target's tokens, so that targets of different length can be compared;
-    for a target of one token it is its probability. "before" is the base model, without any
-    edit. "after" is the model as it is, or, with `edits`, the base with exactly those, whether
-    they are applied at the moment or not.
-
-    Raises FactError for no or empty prompts or targets, TokenizationError, and what
-    `Edit.apply` raises.
-    """
-    import pandas as pd
-
-    parts, ledger = anatomy(model), ledger_of(model)
-    given = [] if edits is None else as_list(edits)
-    if not all(isinstance(one, Edit) for one in given):
-        raise EditError(f"edits is {brief(edits)}; give an Edit or a list of them, or nothing")
-    pairs = [
-        (prompt, target)
-        for prompt in _texts(prompts, "prompts")
-        for target in _texts(targets, "targets")
-    ]
-    asked = Encoder(tokenizer, parts).continuations(pairs)
-    with quiet(model):
-        with ledger.base_state():
-            before = likelihoods(parts, asked)
-        with ledger.state_kept():
-            if edits is not None:
-                ledger.activate(())
-                for one in given:
-                    one.apply(model)
-            after = likelihoods(parts, asked) if ledger.active else before
-    return pd.DataFrame(
-        {
-            "prompt": prompt,
-            "target": target,
-            "tokens": len(row.target),
-            BEFORE: old.probability,
-            AFTER: new.probability,
-        }
-        for (prompt, target), row, old, new in zip(pairs, asked, before, after, strict=True)
-    )
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    records: Sequence[Record] | Record,
+    records: Iterable[Record] | Record,
     *,
     bootstrap: int = 2000,
     seed: int = 0,
+    to: str | os.PathLike[str] | None = None,
+    known_only: bool = False,
 ) -> Report:
     """Measure how well the facts of `records` were written into `model`, and what else changed.
 
@@ -132,34 +62,56 @@ def evaluate(
     A record whose fact has no `target_true` has nothing to be compared with: its rewrite prompt
     and paraphrases count in GS, and are missing in ES, PS, EM and PM.
 
+    records: a list, or any other iterable, which is taken a group at a time: thousands of records
+        need not be in memory at once.
     bootstrap, seed: resamples for the intervals (at least 100), and their seed.
+    to: a file, to which the answers are written as they come, a JSON line for each record and
+        state. The same call goes on where it was interrupted; `Report.read` reads it at any time.
+    known_only: leave out records whose true object the base model does not find more probable than
+        the new one at the rewrite prompt, and those without a true object; the report counts them.
 
-    Raises FactError for no records, or probes named like a score or a kind of prompt,
-    TokenizationError for prompts whose target cannot be located, MethodError, ModelError.
+    Raises FactError for no records, none left, or probes named like a score or a kind of prompt,
+    TokenizationError for prompts whose target cannot be located, MethodError, ModelError, and
+    ReportFileError for a file of something else.
     """
     bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
-    sheet = Sheet.of(model, tokenizer, records)
+    source = RecordSource(model, tokenizer, records)
     ledger = ledger_of(model)
-    everything = range(len(sheet.records))
-    states = 1 + bool(ledger.active)
-    with quiet(model), progress("evaluating", states * len(sheet.asked), "target") as bar:
-        with ledger.base_state():
-            rows = sheet.rows(BEFORE, everything, bar)
-        if ledger.active:
-            rows += sheet.rows(AFTER, everything, bar)
-    return Report(to_table(rows), bootstrap, seed)
+    states = [BEFORE, AFTER] if ledger.active else [BEFORE]
+    made_from = _made_from(states, seed, known_only)
+    if to is not None:
+        made_from |= _origin(source, ledger, edits=[edit.id for edit in ledger.active])
+    with AnswerLines(made_from, bootstrap=bootstrap, to=to) as lines, quiet(model):
+        total = source.total and len(states) * source.total
+        with progress("evaluating", total, "target") as bar:
+            asking = Asking(lines, known_only, bar)
+            for sheet in source.sheets():
+                with ledger.base_state():
+                    asking.ask(sheet, BEFORE)
+                if ledger.active:
+                    asking.ask(sheet, AFTER)
+        return asking.report(source.count, bootstrap)
+
+
+#: What `edit` may be told to do about facts of one subject, and about contradictions.
+_SharedSubject = Literal["raise", "merge", "split"]
+_Conflict = Literal["raise", "last"]
 
 
 def evaluate_edits(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
-    records: Sequence[Record] | Record,
+    records: Iterable[Record] | Record,
     method: Method = EMMET,
     *,
     batch_size: int = 1,
     statistics: KeyStatistics | None = None,
     seed: int = 0,
     bootstrap: int = 2000,
+    to: str | os.PathLike[str] | None = None,
+    known_only: bool = False,
+    on_shared_subject: _SharedSubject = "raise",
+    on_conflict: _Conflict = "raise",
 ) -> Report:
     """Edit `batch_size` records at a time into the base model, measure each batch, undo it.
 
@@ -168,13 +120,17 @@ def evaluate_edits(
     active when it is called are taken out meanwhile and put back bit for bit, also on failure.
 
     Batches are consecutive records, the last may be smaller. Where the values do not depend on
-    the batch, they are optimised once for all facts. A batch whose targets the model says
-    already in every context needs no edit and is measured as it is.
+    the batch, they are optimised for a group of records at once. A batch whose targets the model
+    says already in every context needs no edit and is measured as it is.
 
     statistics: as in `edit`. seed: of the sampled prefixes and of the bootstrap.
+    to, known_only: as in `evaluate`; batches are made of the records that are left. What is written
+        to a file can be gone on with after hours, so values are kept on disk too then, as
+        `unified_edit.editing.values_for` does.
+    on_shared_subject, on_conflict: as in `edit`, for each batch.
 
-    Raises what `edit` and `evaluate` raise; contradictions and shared subjects within any batch
-    are found before the work begins.
+    Raises what `edit` and `evaluate` raise; contradictions and shared subjects within any batch of
+    a list are found before the work begins, unless `known_only` decides what a batch is.
     """
     bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
     size = whole_number(batch_size, "batch_size", MethodError, least=1)
@@ -182,47 +138,131 @@ def evaluate_edits(
         raise MethodError(
             f"method is a {type(method).__name__}; give a Method such as unified_edit.EMMET"
         )
-    sheet = Sheet.of(model, tokenizer, records)
+    ways: dict[str, str] = {}
+    for name, way, choices in (
+        ("on_shared_subject", on_shared_subject, get_args(_SharedSubject)),
+        ("on_conflict", on_conflict, get_args(_Conflict)),
+    ):
+        if not isinstance(way, str) or way not in choices:
+            raise MethodError(f"{name} is {brief(way)}; choose one of {choices}")
+        if size > 1 and way != "raise":  # one fact shares nothing and contradicts nothing
+            ways[name] = way
+    source = RecordSource(model, tokenizer, records)
     editor = Editor(model, tokenizer, seed=seed)
-    resolved = method.resolve(sheet.parts)
-    everything = range(len(sheet.records))
-    batches = [everything[start : start + size] for start in everything[::size]]
-    facts = [_facts_of(resolved, [sheet.records[i] for i in batch]) for batch in batches]
-    with quiet(model), editor.ledger.base_state():
+    resolved = method.resolve(editor.parts)
+    if source.given is not None and not known_only:
+        for start in range(0, len(source.given), size):
+            _facts_of(resolved, source.given[start : start + size], ways)
+    made_from = _made_from([BEFORE, AFTER], seed, known_only)
+    if to is not None:
+        made_from |= _origin(
+            source,
+            editor.ledger,
+            method=resolved.to_dict(),
+            batch_size=size,
+            on_shared_subject=on_shared_subject,
+            on_conflict=on_conflict,
+            statistics=repr(getattr(statistics, "source", statistics)),
+        )
+    with (
+        AnswerLines(made_from, bootstrap=bootstrap, to=to) as lines,
+        quiet(model),
+        editor.ledger.base_state(),
+    ):
         if statistics is None:
             statistics = statistics_for(model, tokenizer, resolved.layers or ())
-        with progress("evaluating the base", len(sheet.asked), "target") as bar:
-            rows = sheet.rows(BEFORE, everything, bar)
-        values = None
-        if size == 1 or not resolved.sequential:
-            values = editor.optimise_values([fact for batch in facts for fact in batch], resolved)
-        with progress("editing and evaluating", len(batches), "batch") as bar:
-            for batch, new in zip(batches, facts, strict=True):
-                if values is not None and not values.of(new).delta.any():
-                    log.info("%s needs no edit: the model says it already", new[0])
-                    rows += sheet.rows(AFTER, batch)
-                else:
-                    made = editor.edit(
-                        new, resolved, statistics=statistics, values=values, apply=False
-                    )
-                    with made.applied():
-                        rows += sheet.rows(AFTER, batch)
-                bar.update()
-    return Report(to_table(rows), bootstrap, seed)
+        total = source.total and 2 * source.total
+        with progress("editing and evaluating", total, "target") as bar:
+            asking = Asking(lines, known_only, bar)
+            together = not ways and (size == 1 or not resolved.sequential)
+            editing = _Editing(editor, resolved, statistics, ways, together, to is not None, asking)
+            waiting: list[tuple[int, Record]] = []
+            for sheet in source.sheets():
+                waiting += asking.ask(sheet, BEFORE)
+                ready = len(waiting) // size * size
+                editing.batches([waiting[i : i + size] for i in range(0, ready, size)])
+                del waiting[:ready]
+            editing.batches([waiting] if waiting else [])
+        return asking.report(source.count, bootstrap)
 
 
-def _facts_of(method: Method, records: Sequence[Record]) -> list[Fact]:
+def _made_from(states: Sequence[str], seed: int, known_only: object) -> dict[str, Any]:
+    """What a report says of itself."""
+    if not is_flag(known_only):
+        raise MethodError(f"known_only is {brief(known_only)}; it must be True or False")
+    return {"states": list(states), "seed": seed, "known_only": bool(known_only)}
+
+
+def _origin(source: RecordSource, ledger: Ledger, **more: Any) -> dict[str, Any]:
+    """Everything else that answers depend on: by it a file is known again."""
+    return {
+        "library": version("unified_edit"),
+        "model": ledger.parts.name,
+        "fingerprint": ledger.fingerprint(wholly=True),
+        "tokenizer": Encoder(source.tokenizer, ledger.parts).signature,
+        "records": source.digest,
+        **more,
+    }
+
+
+@dataclass
+class _Editing:
+    """Edits batches into the base, has them measured, and takes them out again."""
+
+    editor: Editor
+    method: Method
+    statistics: KeyStatistics
+    ways: dict[str, Any]
+    together: bool  # whether values do not depend on the other facts of their batch
+    on_disk: bool
+    asking: Asking
+
+    def batches(self, batches: Sequence[Sequence[tuple[int, Record]]]) -> None:
+        """Edit and measure some batches, whose values are optimised together where they can be."""
+        lines, editor = self.asking.lines, self.editor
+        facts = [_facts_of(self.method, [r for _, r in batch], self.ways) for batch in batches]
+        sheets = [
+            Sheet.of(editor.model, editor.tokenizer, [r for _, r in b], [n for n, _ in b])
+            for b in batches
+        ]
+        todo = [any(not lines.has(number, AFTER) for number, _ in batch) for batch in batches]
+        values = self._values([f for new in facts for f in new]) if any(todo) else None
+        for sheet, new, needed in zip(sheets, facts, todo, strict=True):
+            if not needed:
+                self.asking.ask(sheet, AFTER)
+            elif values is not None and not values.of(new).delta.any():
+                log.info("%s needs no edit: the model says it already", new[0])
+                self.asking.ask(sheet, AFTER)
+            else:
+                made = editor.edit(
+                    new,
+                    self.method,
+                    statistics=self.statistics,
+                    values=values,
+                    apply=False,
+                    **self.ways,
+                )
+                with made.applied():
+                    self.asking.ask(sheet, AFTER)
+
+    def _values(self, facts: list[Fact]) -> Values | None:
+        """The values of the facts of some batches; None if each batch makes its own."""
+        if not self.together:
+            return None
+        some = [facts[start : start + GROUP] for start in range(0, len(facts), GROUP)]
+        if not self.on_disk:
+            return Values.joined([self.editor.optimise_values(f, self.method) for f in some])
+        model, tokenizer, seed = self.editor.model, self.editor.tokenizer, self.editor.seed
+        return Values.joined(
+            [values_for(model, tokenizer, f, self.method, seed=seed) for f in some]
+        )
+
+
+def _facts_of(method: Method, records: Sequence[Record], ways: dict[str, str]) -> list[Fact]:
     """The facts of one batch; raises early what `edit` would raise after hours of work."""
     facts = [record.fact for record in records]
-    if method.sequential:
+    if method.sequential or ways:
         return facts
     facts = check_batch(facts)
     check_subjects(method, facts)
     return facts
-
-
-def _texts(given: str | Sequence[str], name: str) -> list[str]:
-    texts = as_list(given)
-    if not texts:
-        raise FactError(f"{name} is empty: give at least one text.")
-    return [clean_text(text, f"{name}[{index}]") for index, text in enumerate(texts)]

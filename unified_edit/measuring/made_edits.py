@@ -10,8 +10,8 @@ from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
 from unified_edit.errors import EditError, MethodError, brief
 from unified_edit.facts import Fact, Record
-from unified_edit.measuring.questions import Sheet, to_table
-from unified_edit.measuring.report import Report
+from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import AFTER, BEFORE, check_bootstrap
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_list
 from unified_edit.errors import FactError, brief
 from unified_edit.facts import Fact, Record
-from unified_edit.measuring.report import COLUMNS
 from unified_edit.measuring.scores import NEIGHBOUR, PARAPHRASE, RESERVED, REWRITE
 from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
 from unified_edit.model.likelihoods import Likelihood, likelihoods
 from unified_edit.model.progress import Progress
 from unified_edit.model.prompts import Encoder, Row
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def judge(kind: str, new: Likelihood, true: Likelihood | None) -> dict[str, Any]:
@@ -66,14 +62,22 @@ class Sheet:
     records: tuple[Record, ...]
     questions: tuple[tuple[Question, ...], ...]  # of each record
     asked: tuple[Row, ...]
+    numbers: tuple[int, ...]  # what each record is called in the column "record"
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, tokenizer: Tokenizer, records: Sequence[Record] | Record
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        records: Sequence[Record] | Record,
+        numbers: Sequence[int] | None = None,
     ) -> Sheet:
-        """Check the model and the records, and tokenise every prompt with its targets."""
+        """Check the model and the records, and tokenise every prompt with its targets.
+
+        numbers: the places of the records in a longer list; their places in this one if not given.
+        """
         parts = anatomy(model)
-        given = check_records(records)
+        given = check_records(records, numbers)
         pairs: list[tuple[str, str]] = []
         questions = []
         for record in given:
@@ -86,7 +90,8 @@ class Sheet:
                 of_record.append(Question(kind, prompt, place, None if true is None else place + 1))
             questions.append(tuple(of_record))
         asked = Encoder(tokenizer, parts).continuations(pairs)
-        return cls(parts, given, tuple(questions), tuple(asked))
+        places = tuple(range(len(given)) if numbers is None else numbers)
+        return cls(parts, given, tuple(questions), tuple(asked), places)
 
     def rows(
         self, when: str, records: Iterable[int], bar: Progress | None = None
@@ -103,7 +108,7 @@ class Sheet:
         of_place = dict(zip(places, answers, strict=True))
         return [
             {
-                "record": index,
+                "record": self.numbers[index],
                 "case_id": self.records[index].case_id,
                 "relation": self.records[index].relation,
                 "when": when,
@@ -132,12 +137,17 @@ def _prompts(record: Record) -> Iterable[tuple[str, str, str, str | None]]:
             yield group, probe.prompt, probe.expected, probe.foil
 
 
-def check_records(records: Sequence[Record] | Record) -> tuple[Record, ...]:
-    """The records as a tuple; FactError if there are none or one cannot be evaluated."""
+def check_records(
+    records: Sequence[Record] | Record, numbers: Sequence[int] | None = None
+) -> tuple[Record, ...]:
+    """The records as a tuple; FactError if there are none or one cannot be evaluated.
+
+    numbers: what the records are called in messages, if not by their places.
+    """
     given = tuple(as_list(records))
     if not given:
         raise FactError("there are no records to evaluate: the list is empty. Give at least one.")
-    for index, record in enumerate(given):
+    for index, record in zip(numbers or range(len(given)), given, strict=True):
         if not isinstance(record, Record):
             advice = " Write Record(fact)." if isinstance(record, Fact) else ""
             raise FactError(
@@ -151,11 +161,3 @@ def check_records(records: Sequence[Record] | Record) -> tuple[Record, ...]:
                 f"{record.fact}): that is the name of a score or a kind of prompt. Rename it."
             )
     return given
-
-
-def to_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows as `Report.table`."""
-    import pandas as pd
-
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.astype({"success": "boolean", "generated": bool})

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
+from unified_edit.arguments import as_path
+from unified_edit.errors import ReportFileError
+from unified_edit.measuring.answer_lines import Line, read_lines
 from unified_edit.measuring.scores import AFTER, BEFORE, Score, _short, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
 
+log = logging.getLogger(__name__)
+
 COLUMNS = ("record", "case_id", "relation", "when", "kind", "prompt", "logp_new", "logp_true",
            "success", "magnitude", "generated")  # fmt: skip
+#: One more column, where texts were generated.
+TEXT = "text"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +44,30 @@ class Report:
         generated: whether greedy decoding gives the right one: oc for neighbours, o* or
             `expected` otherwise.
     bootstrap, seed: resamples behind the intervals, and their seed.
+    known_only: whether only records count whose true object the base model prefers.
+    left_out: why records do not count -> how many.
     """
 
     table: pd.DataFrame
     bootstrap: int = 2000
     seed: int = 0
+    known_only: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Report:
+        """The report of a file that `evaluate` or `evaluate_edits` wrote (`to=`).
+
+        Of a file that is not finished, the records that were asked in every state; the log says
+        so. Needs about a kilobyte of memory a prompt and state.
+
+        Raises ReportFileError for a file that cannot be read, is something else, or is damaged.
+        """
+        file = as_path(path, "path", ReportFileError)
+        report, finished = report_of(read_lines(file))
+        if not finished:
+            log.warning("%s is not finished: so far it holds %s", file, report._count())
+        return report
 
     @cached_property
     def before(self) -> dict[str, Score]:
@@ -75,8 +104,8 @@ class Report:
         columns: dict[str, list[Any]] = {BEFORE: [self.before[name].value for name in names]}
         if self.after is not None:
             columns[AFTER] = [self.after[name].value for name in names]
-        for field in ("low", "high", "n"):
-            columns[field] = [getattr(self.summary[name], field) for name in names]
+        for column in ("low", "high", "n"):
+            columns[column] = [getattr(self.summary[name], column) for name in names]
         return pd.DataFrame(columns, index=pd.Index(names, name="score"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +115,8 @@ class Report:
             "records": self.records,
             "bootstrap": self.bootstrap,
             "seed": self.seed,
+            "known_only": self.known_only,
+            "left_out": dict(self.left_out),
             **{when: None if scores is None else _plain(scores) for when, scores in states.items()},
         }
 
@@ -113,7 +144,45 @@ class Report:
         )
 
     def _count(self) -> str:
-        return f"{self.records} record" + ("s" if self.records != 1 else "")
+        known = "known " if self.known_only else ""
+        number = f"{self.records} {known}record" + ("s" if self.records != 1 else "")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+        return number + (f" (left out: {reasons})" if reasons else "")
+
+
+def report_of(lines: Iterator[Line]) -> tuple[Report, bool]:
+    """The report of lines of answers, the header first, and whether all was asked."""
+    header = next(lines)
+    made_from, finished = header["made_from"], False
+    rows: dict[str, dict[int, list[dict[str, Any]]]] = {w: {} for w in made_from["states"]}
+    left_out: Counter[str] = Counter()
+    for line in lines:
+        if "finished" in line:
+            finished = True
+        elif line.get("left_out"):
+            left_out[line["left_out"]] += 1
+        else:
+            about = {name: line[name] for name in COLUMNS[:4]}
+            rows[line["when"]][line["record"]] = [{**about, **one} for one in line["answers"]]
+    last = rows[made_from["states"][-1]]
+    table = [row for of in rows.values() for number in of if number in last for row in of[number]]
+    made = Report(
+        to_table(table),
+        header["bootstrap"],
+        made_from["seed"],
+        made_from["known_only"],
+        dict(sorted(left_out.items())),
+    )
+    return made, finished
+
+
+def to_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as `Report.table`."""
+    import pandas as pd
+
+    more = [TEXT] if any(TEXT in row for row in rows) else []
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *more])
+    return table.astype({"success": "boolean", "generated": bool})
 
 
 def as_text(cells: pd.DataFrame, left: Iterable[str]) -> str:
