@@ -3,13 +3,14 @@
     python benchmarks/suggest_smollm2.py --records counterfact_250_full.json \\
         --texts wiki.valid.raw --work sweep/ --out book/data/smollm2_sweep.json
 
-1. EMMET singly on 8 of these records: layers 0 to 12, clamp 0.75, the bare prompt and two prefixes.
-2. The four best layers of that with all clamps and the standard six contexts.
+1. EMMET singly on 8 of these records: layers 0 to 12, clamp 0.75, the bare prompt and two prefixes;
+   four neighbours of each record are asked.
+2. The three best layers of that, of equal ones those with the smaller update, with all clamps, the
+   standard six contexts and all ten neighbours.
 3. MEMIT over windows of layers, 16 records in one batch, for several lambda.
 
-Nothing of the other records (0 to 149) is looked at, and those used here are not to be scored.
-Four neighbours of each record are asked. What is done stays in the folder --work: called again, it
-goes on.
+Nothing of the other records (0 to 149) is looked at, and those used here are not to be scored. What
+is done stays in the folder --work: called again, it goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import json
 import logging
 import math
 import random
-import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -53,17 +53,15 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
 
     model, tokenizer = ue.load_model("smollm2")
-    records = [
-        replace(record, neighbours=record.neighbours[:4])
-        for record in ue.load_records(arguments.records)[150:250]
-    ]
+    records = ue.load_records(arguments.records)[150:250]
+    shorter = [replace(record, neighbours=record.neighbours[:4]) for record in records]
     statistics = _statistics(model, tokenizer, arguments.texts, arguments.work)
     steps: dict[str, Any] = {}
 
-    def swept(name: str, method: ue.Method, layers: Any, clamps: Any) -> Any:
+    def swept(name: str, asked: Any, method: ue.Method, layers: Any, clamps: Any) -> Any:
         began = time.process_time()
         found = ue.suggest_layers(
-            model, tokenizer, records, method=method, layers=layers, clamps=clamps, seed=SEED,
+            model, tokenizer, asked, method=method, layers=layers, clamps=clamps, seed=SEED,
             statistics=statistics, to=arguments.work / f"{name}.jsonl",
         )  # fmt: skip
         log.info("%s\n%s", found, found.table.to_string())
@@ -73,27 +71,38 @@ def main() -> None:
             "best": {"layers": list(found.method.layers), "clamp": found.method.clamp},
             "table": json.loads(found.table.round(4).to_json(orient="records")),
             "records": [record.case_id for record in found.used],
-            "cpu_minutes": round((time.process_time() - began) / 60, 1),
+            "cpu_minutes": _minutes(arguments.work, name, time.process_time() - began),
         }
         return found
 
     few = ue.EMMET.replace(contexts=ue.Contexts(starts=MEMIT_STARTS[:2]))
-    coarse = swept("coarse", few, LAYERS, CLAMPS[:1]).table
+    coarse = swept("coarse", shorter, few, LAYERS, CLAMPS[:1]).table
     order = coarse.sort_values(["score", "size"], ascending=[False, True])["layer"]
-    best = swept("fine", ue.EMMET, sorted(order[:4]), CLAMPS)
+    best = swept("fine", records, ue.EMMET, sorted(order[:3]), CLAMPS)
+    began = time.process_time()
     steps["memit"] = _memit(model, tokenizer, records, statistics, best.method.clamp,
                             arguments.work / "memit.jsonl")  # fmt: skip
+    steps["memit"]["cpu_minutes"] = _minutes(arguments.work, "memit", time.process_time() - began)
     document = {
-        "command": "python " + " ".join(sys.argv),
+        "command": f"python benchmarks/suggest_smollm2.py --records {arguments.records.name} "
+        f"--texts {arguments.texts.name} --work sweep/ --out book/data/smollm2_sweep.json",
         "model": "smollm2",
         "seed": SEED,
         "source": statistics.source.__dict__,
         "versions": {name: version(name) for name in ("unified_edit", "torch", "transformers")},
         "threads": torch.get_num_threads(),
-        "cpu_minutes": round(time.process_time() / 60, 1),
         **steps,
     }
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _minutes(work: Path, step: str, seconds: float) -> float:
+    """CPU minutes of a step, those before an interruption included."""
+    place = work / "minutes.json"
+    spent = json.loads(place.read_text()) if place.exists() else {}
+    spent[step] = spent.get(step, 0.0) + seconds / 60
+    place.write_text(json.dumps(spent))
+    return round(spent[step], 1)
 
 
 def _statistics(model: Any, tokenizer: Any, texts: Path, work: Path) -> ue.KeyStatistics:
