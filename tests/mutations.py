@@ -55,6 +55,7 @@ EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
 TUNING = ("tests/test_fine_tuning.py", "-k", "released or stops or norm")
+SUGGESTING = ("tests/test_suggesting.py", "-k", "not atlas")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
@@ -76,6 +77,7 @@ CHAPTERS = {
     GGUF: (),
     TRACING: ("locating",),
     TUNING: (),
+    SUGGESTING: (),
     FAMILIES: (),
     SHARED: (),
 }
@@ -245,6 +247,17 @@ FAULTS = (
           "gradient.add(start + change, alpha", "gradient.add(change, alpha", TUNING),
     Fault("a batch that is learnt goes on moving", "editing/tuning.py",
           "if sum(found) / len(found) >= how.stop_loss:", "if found:", TUNING),
+    Fault("of equal scores the larger update", "measuring/sweep_order.py",
+          'return -row["score"], row["size"], place', 'return -row["score"], -row["size"], place',
+          SUGGESTING),
+    Fault("a sweep goes on from one with another seed", "measuring/sweep_files.py",
+          '"seed": seed,', '"seed": 0,', SUGGESTING),
+    Fault("a trace read at the layer of its largest effect alone", "measuring/sweep_order.py",
+          'table["effect"].max() / 2, "layer"]', 'table["effect"].max(), "layer"]', SUGGESTING),
+    Fault("a sweep runs over its budget", "measuring/suggesting.py",
+          "if begun and time.monotonic() - began > budget:", "if False:", SUGGESTING),
+    Fault("a model finds the settings of one with other keys", "editing/settings.py",
+          "(kind, layers, width, key)):", "(kind, layers, width, 11008)):", SUGGESTING),
     Fault("kept keys cut to the window", "editing/prepared.py",
           "made = DynamicCache()  # all tokens",
           "made = DynamicCache(config=parts.model.config)  #", FAMILIES),

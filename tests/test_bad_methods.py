@@ -49,7 +49,7 @@ from unified_edit.statistics import KeyStatistics
         ({"clamp": 0}, ["clamp", "0", "> 0"]),
         ({"clamp": "x"}, ["clamp", "'x'", "number"]),
         ({"learning_rate": -0.5}, ["learning_rate", "-0.5", "> 0"]),
-        ({"learning_rate": None}, ["learning_rate", "None"]),
+        ({"learning_rate": "x"}, ["learning_rate", "'x'"]),
         ({"kl_weight": -1}, ["kl_weight", ">= 0"]),
         ({"kl_weight": None}, ["kl_weight", "None"]),
         ({"weight_decay": float("nan")}, ["weight_decay", "nan"]),

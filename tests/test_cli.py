@@ -29,7 +29,7 @@ from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
 from unified_edit.statistics import cache, collect
 
-COMMANDS = ("ask", "edit", "evaluate", "statistics")
+COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
 FACTS = [
     {"prompt": PROMPT, "subject": SUBJECT, "target_new": TARGET, "target_true": "Rome"},
@@ -505,6 +505,32 @@ def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
     path.write_bytes(b"one\n\ntwo \xff\n")
     with pytest.raises(StatisticsFileError, match=r"a\.txt, line 3: not UTF-8 \(byte 5"):
         list(read_texts([path]))
+
+
+# -- suggest ----------------------------------------------------------------------------------
+
+
+def test_suggest_is_the_library_s(run, place, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    command = (
+        "suggest", "--model", "model", "--records", "records.jsonl", "--layers", 0, 1,
+        "--clamps", 1, "--statistics", "stats.safetensors", "--to", rows,
+    )  # fmt: skip
+    document = json.loads(run(*command, "--json")[0])
+    model, tokenizer = ue.load_model(str(place / "model"))
+    wanted = ue.suggest_layers(
+        model, tokenizer, ue.read_records(place / "records.jsonl"), layers=(0, 1), clamps=(1.0,),
+        statistics=ue.KeyStatistics.load(place / "stats.safetensors"),
+    )  # fmt: skip
+    assert document["method"]["layers"] == list(wanted.method.layers)
+    assert [row["layer"] for row in document["table"]] == [0, 1]
+    assert [row["score"] for row in document["table"]] == pytest.approx(list(wanted.table["score"]))
+    assert document["used"] == [0, 1]
+    kept = rows.read_text(encoding="utf-8")
+    text, _ = run(*command)  # goes on: nothing is left to do
+    assert rows.read_text(encoding="utf-8") == kept
+    assert "<Suggestion for EMMET" in text
+    assert f"wrote {rows}" in text
 
 
 # -- errors -----------------------------------------------------------------------------------

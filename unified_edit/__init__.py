@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         figures,
         load_records,
         locate,
+        suggest_layers,
     )
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
@@ -56,7 +57,10 @@ _FLOORS = {
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
-    "measuring": ("ask compare complete evaluate evaluate_edits evaluate_made load_records locate"),
+    "measuring": (
+        "ask compare complete evaluate evaluate_edits evaluate_made load_records locate "
+        "suggest_layers"
+    ),
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

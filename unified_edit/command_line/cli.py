@@ -8,6 +8,7 @@ examples:
   python -m unified_edit evaluate --records atlas --limit 20 --method EMMET --batch-size 10
   python -m unified_edit statistics --layers 17 --model gpt2-xl --texts wiki.txt \\
       --out xl.safetensors
+  python -m unified_edit suggest --records atlas --clamps 1.25
 
 "python -m unified_edit COMMAND --help" tells more about each command.
 """
@@ -194,6 +195,27 @@ def _statistics(made: argparse.ArgumentParser) -> None:
     made.add_argument("--out", type=_path, required=True, metavar="FILE", help="the statistics")
 
 
+def _suggest(made: argparse.ArgumentParser) -> None:
+    """Find layers and a clamp for a method, on records that are not to be scored afterwards.
+
+    --layers are those to try, each alone; by default a coarse grid, then what is around the best.
+
+    examples:
+      python -m unified_edit suggest --records atlas --layers 0 1 2 --clamps 1.25 --budget 600
+      python -m unified_edit suggest --model smollm2 --records own.jsonl --to sweep.jsonl --json
+    """
+    made.add_argument("--method", default="EMMET", metavar="NAME", help="as of edit")
+    made.add_argument("--records", default="atlas", metavar="NAME", help="as of evaluate")
+    made.add_argument("--count", type=_whole(1), default=8, metavar="N",
+                      help="records to use, drawn with --seed (default: 8)")
+    made.add_argument("--clamps", type=float, nargs="+", metavar="C",
+                      help="to try (default: 0.75 2 4)")
+    made.add_argument("--budget", type=float, metavar="S", help="begin nothing after S seconds")
+    made.add_argument("--to", type=_path, metavar="FILE",
+                      help="keep each row here; the same command goes on from there")
+    made.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="(default: 0)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole program; each command sets `command` and `parser`."""
     plain: dict[str, Any] = {"add_help": False, "allow_abbrev": False}
@@ -250,7 +272,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     for add, parents in (
         (_ask, []), (_edit, [settings, saved]), (_evaluate, [settings, saved]),
-        (_statistics, [saved]),
+        (_statistics, [saved]), (_suggest, [settings]),
     ):
         title, _, more = inspect.cleandoc(add.__doc__ or "").partition("\n\n")
         made = commands.add_parser(

@@ -30,7 +30,8 @@ from unified_edit.command_line.console import (
 from unified_edit.editing import METHODS, Edit, Method, edit, load_model
 from unified_edit.errors import ModelError
 from unified_edit.facts import Fact, read_facts
-from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records
+from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records, suggest_layers
+from unified_edit.measuring.suggesting import CLAMPS
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.statistics import TOKENS_PER_DIMENSION, KeyStatistics, default_corpus
 
@@ -197,12 +198,39 @@ def run_statistics(args: Namespace) -> Result:
     return Result(document, text + _wrote(args.out))
 
 
+def run_suggest(args: Namespace) -> Result:
+    """Layers and clamp for a method, by a sweep."""
+    layers, args.layers = args.layers, None  # to try, not of the method
+    method, statistics = _method(args), _statistics(args)
+    records = load_records(args.records)
+    model, tokenizer = _model(args)
+    found = suggest_layers(
+        model, tokenizer, records, method=method, layers=layers, clamps=args.clamps or CLAMPS,
+        count=args.count, statistics=statistics, budget_s=args.budget, to=args.to, seed=args.seed,
+    )  # fmt: skip
+    document = {
+        **_about(args, model),
+        "source": args.records,
+        "used": [place for place, record in enumerate(records) if record in found.used],
+        "method": found.method.to_dict(),
+        "by": found.by,
+        "complete": found.complete,
+        "before": found.before,
+        "table": found.table.to_dict("records"),
+    }
+    text = (
+        f"{found!r}\n{format_table(found.table.drop(columns=['GS', 'problem'], errors='ignore'))}"
+    )
+    return Result(document, text + _wrote(args.to))
+
+
 #: Name of a command -> what runs it.
 COMMANDS = {
     "ask": run_ask,
     "edit": run_edit,
     "evaluate": run_evaluate,
     "statistics": run_statistics,
+    "suggest": run_suggest,
 }
 
 

@@ -20,6 +20,7 @@ from unified_edit.editing.methods import (
     ROME,
     Method,
 )
+from unified_edit.editing.more_settings import MEASURED, PUBLISHED
 from unified_edit.editing.opening import load_model
 from unified_edit.editing.plans import Plan
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
@@ -31,8 +32,8 @@ from unified_edit.editing.values import Values, compute_values
 from unified_edit.editing.values_cache import values_for
 
 __all__ = (
-    "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEMIT METHODS PRESERVATIONS ROME SETTINGS SITES "
-    "SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance Touched Values "
-    "compute_keys compute_values context_weights edit fine_tune load_model optimise_values "
-    "read_values sample_prefixes shares values_for"
+    "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEASURED MEMIT METHODS PRESERVATIONS PUBLISHED ROME "
+    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance "
+    "Touched Values compute_keys compute_values context_weights edit fine_tune load_model "
+    "optimise_values read_values sample_prefixes shares values_for"
 ).split()

@@ -1,7 +1,8 @@
 """A method is data: what differs between ROME, EMMET and MEMIT, and nothing else.
 
-All methods run through the same code. Fields left None are filled by `Method.resolve` from the
-published settings of its `preset`. The resolved method is stored in every edit.
+All methods run through the same code. Fields left None are filled by `Method.resolve`: from the
+settings of its `preset` for the model (`settings.SETTINGS`), or else from `settings.DEFAULTS`. The
+resolved method is stored in every edit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from unified_edit.arguments import as_list, is_flag, real_number, whole_number
 from unified_edit.editing.choices import Choice, chosen, remembered
 from unified_edit.editing.keys import KEY_MEANS, SITES
 from unified_edit.editing.prefixes import Contexts
-from unified_edit.editing.settings import DEFAULTS, SETTINGS
+from unified_edit.editing.settings import DEFAULTS, settings_of
 from unified_edit.editing.spreading import SPREADS
 from unified_edit.errors import MethodError, brief
 from unified_edit.model.anatomy import Anatomy, anatomy
@@ -95,7 +96,7 @@ class Method:
     key_mean: Choice = KEY_MEANS["typed"]
     contexts: Contexts = MEMIT_CONTEXTS
     steps: int | None = None
-    learning_rate: float = 0.5
+    learning_rate: float | None = None
     kl_weight: float = 0.0625
     weight_decay: float | None = None
     clamp: float | None = None
@@ -116,7 +117,7 @@ class Method:
                 made[field] = whole_number(value, f"{self.name}: {field}", MethodError, least=least)
         for field, bound in _REAL.items():
             value = getattr(self, field)
-            if value is not None or field in ("kl_weight", "learning_rate"):
+            if value is not None or field == "kl_weight":
                 made[field] = real_number(value, f"{self.name}: {field}", MethodError, **bound)
         for field, known in CHOICES.items():
             made[field] = chosen(getattr(self, field), known, f"{self.name}: {field}")
@@ -161,7 +162,7 @@ class Method:
         """
         parts = model if isinstance(model, Anatomy) else anatomy(model)
         kind, width = parts.model.config.model_type, parts.width
-        published = SETTINGS.get((kind, parts.n_layers, width), {})
+        published = settings_of(kind, parts.n_layers, width, parts.weight(0).d_in)
         known = {**DEFAULTS, **published.get(self.preset or "", {})}
         missing = [
             field.name
@@ -172,9 +173,10 @@ class Method:
         if unknown:
             raise MethodError(
                 f"{self.name} has no published setting of {', '.join(unknown)} for a "
-                f"{kind} with {parts.n_layers} layers of width {width}; give "
-                f"it: method.replace({unknown[0]}=...), for example layers=(n,) with n from "
-                "causal tracing (unified_edit.locate)"
+                f"{kind} with {parts.n_layers} layers of width {width}; give it: "
+                f"method.replace({unknown[0]}=...). Layers and clamp are found by a small sweep, "
+                "ue.suggest_layers(model, tokenizer, records, method=...), on facts that are not "
+                "scored afterwards; causal tracing (ue.locate) narrows it"
             )
         filled = {field: known[field] for field in missing}
         if parts.family.norm is not None and self.site.name == "block":

@@ -1,7 +1,9 @@
-"""Published settings: what the released code of each method uses on each model, with the source.
+"""Settings that methods have for models: what their own released code uses, with the source.
 
-A method finds its settings by its `preset`, whatever it is called. A setting belongs to a
-repository and to a date; these are read from
+A method finds its settings by its `preset`, whatever it is called, and a model by its shape. What
+others published for other models, and what was measured here, is in `more_settings`. Layers are
+counted from 0, as by everybody. A setting belongs to a repository and to a date; these are read
+from
 
 - kmeng01/rome at 0874014 (2022-10-14): hparams/ROME, unchanged since 2022-08-05;
 - kmeng01/memit at 80426fd (2022-11-14): hparams/MEMIT, unchanged since the first one, 2022-10-13;
@@ -22,12 +24,15 @@ damps a single fact.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from unified_edit.editing.more_settings import MEASURED, PUBLISHED
 
 #: Used for a known or unknown model where `SETTINGS` says nothing else: the values shared by
 #: MEMIT's and EMMET's released settings for GPT-2 XL (`stop_loss` is a constant of their code).
 DEFAULTS: dict[str, Any] = {
-    "steps": 20, "weight_decay": 0.5, "clamp": 0.75, "stop_loss": 0.05,
+    "steps": 20, "learning_rate": 0.5, "weight_decay": 0.5, "clamp": 0.75, "stop_loss": 0.05,
 }  # fmt: skip
 
 #: (model type, layers, hidden size) -> preset -> settings.
@@ -70,3 +75,15 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
         "MEMIT": {"layers": (1, 2, 3), "ridge": 1000.0},
     },
 }
+
+
+def settings_of(kind: str, layers: int, width: int, key: int) -> Mapping[str, Mapping[str, Any]]:
+    """Preset -> settings of a model of this shape, `key` being d_k; empty if nothing is known.
+
+    What was measured here comes before what the authors of a method released, and that before what
+    others published.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for one in ((kind, layers, width), (kind, layers, width, key)):
+        found |= {**PUBLISHED.get(one, {}), **SETTINGS.get(one[:3], {}), **MEASURED.get(one, {})}
+    return found

@@ -202,7 +202,7 @@ def _optimise(
     # one parameter a fact: Adam passes over those without a gradient, so a fact that is
     # finished stays exactly where it was
     deltas = [torch.zeros_like(init, requires_grad=True) for init in batch.target_init]
-    optimizer = torch.optim.Adam(deltas, lr=method.learning_rate)
+    optimizer = torch.optim.Adam(deltas, lr=method.learning_rate)  # type: ignore[arg-type]
     history: list[list[float]] = [[] for _ in facts]
     active = list(range(len(facts)))
     for step in range(method.steps):

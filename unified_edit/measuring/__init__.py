@@ -9,12 +9,13 @@ from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
 from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import Score, harmonic_mean, summarise
+from unified_edit.measuring.suggesting import Suggestion, suggest_layers
 from unified_edit.measuring.traced_runs import Prompt, read_prompt
 from unified_edit.measuring.traces import END, FIRST, LAST, PLACES, Average, Trace, TracedFact
 from unified_edit.measuring.tracing import locate, subject_sigma
 
 __all__ = (
-    "END FIRST LAST PLACES Average Prompt Question Report Score Sheet Trace TracedFact ask "
-    "compare complete evaluate evaluate_edits evaluate_made figures harmonic_mean load_records "
-    "locate read_prompt subject_sigma summarise to_table"
+    "END FIRST LAST PLACES Average Prompt Question Report Score Sheet Suggestion Trace TracedFact "
+    "ask compare complete evaluate evaluate_edits evaluate_made figures harmonic_mean load_records "
+    "locate read_prompt subject_sigma suggest_layers summarise to_table"
 ).split()
