@@ -41,6 +41,7 @@ class Fault:
 OBJECTIVE = ("tests/test_objective.py",)
 METRICS = ("tests/test_metrics.py",)
 KEYS = ("tests/test_recipe.py", "-k", "test_keys and not atlas")
+BEGINNINGS = ("tests/test_tokenizers.py", "-k", "sampled or separator or from_nothing")
 VALUES = ("tests/test_values.py", "-k", "test_values and not atlas")
 WHOLE = ("tests/test_recipe.py", "-k", "test_whole_edits and not atlas")
 EDITS = ("tests/test_edits.py",)
@@ -58,6 +59,7 @@ CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
     METRICS: (),
     KEYS: ("rome", "first_edit"),
+    BEGINNINGS: (),
     VALUES: ("values",),
     WHOLE: ("spreading",),
     EDITS: ("first_edit", "rome"),
@@ -107,6 +109,15 @@ FAULTS = (
     Fault("subject token off by one", "model/prompts.py",
           "subject = _covered(head, prefix + fact.text, start, end)[-1]",
           "subject = max(_covered(head, prefix + fact.text, start, end)[-1] - 1, 0)", KEYS),
+    Fault("texts sampled from a bare first word", "model/prompts.py",
+          "return (separator,)", "return self.before", BEGINNINGS),
+    Fault("the start of a chat for the separator", "model/prompts.py",
+          "added[name] for name in SEPARATORS if name in added), first)",
+          "added[name] for name in SEPARATORS if name in self.before), first)", BEGINNINGS),
+    Fault("what texts are sampled behind is counted", "editing/prefixes.py",
+          "len(front) + length - rows.shape[1]", "length - rows.shape[1]", BEGINNINGS),
+    Fault("a text from nothing begins with anything", "editing/prefixes.py",
+          "not start and missing == length", "not start and missing < 0", BEGINNINGS),
     Fault("first instead of last subject token", "model/prompts.py",
           "subject = _covered(head, prefix + fact.text, start, end)[-1]",
           "subject = _covered(head, prefix + fact.text, start, end)[0]", KEYS),

@@ -24,9 +24,9 @@ from fixtures_gguf import gguf, logits, tiny_llama, untestable, write_gguf
 from fixtures_refusals import FACTS, ONE, essential
 
 import unified_edit as ue
-from unified_edit.editing import Contexts
+from unified_edit.editing import Contexts, Editor
 from unified_edit.errors import EditFileError, ModelError, StatisticsError
-from unified_edit.model import anatomy, dequantised, ledger_of, packages
+from unified_edit.model import Encoder, anatomy, dequantised, ledger_of, packages
 from unified_edit.model.gguf_header import read_header
 
 TEXT = "The old tower is in the city of Rome, not far from the river."
@@ -503,3 +503,16 @@ def test_a_fact_of_the_packaged_model_is_edited(smollm2, tiny_texts):
     assert ue.ask(model, tokenizer, other, k=1)["token"].tolist() == [" Rome"]
     edit.undo()
     assert ue.ask(model, tokenizer, other, k=1)["token"].tolist() == [" Paris"]
+
+
+def test_prefixes_of_the_packaged_model_are_english(smollm2):
+    """Its tokenizer adds nothing; without a separator in front they read "The-1998-200"."""
+    model, tokenizer = smollm2
+    encoder = Encoder(tokenizer)
+    assert (encoder.before, encoder.opening, encoder.start) == ((), (0,), (0,))
+    assert tokenizer.decode([0]) == "<|endoftext|>" and encoder.added == frozenset(range(17))
+    for contexts in (Contexts(), Contexts(starts=("",), lengths=(10,), per_start=5)):
+        bare, *found = Editor(model, tokenizer).prefixes(contexts)
+        words = [word.strip(",.'\"").replace("'", "") for one in found for word in one.split()]
+        assert bare == "" and sum(map(str.isalpha, words)) > 0.85 * len(words), found
+        assert len(words) > 5.5 * len(found), found

@@ -6,11 +6,15 @@ in front is read by the model like any other, but is no part of a subject, a tar
 
 from __future__ import annotations
 
+import copy
+import re
+
 import pytest
 import torch
-from fixtures_refusals import EVERY, FACTS, ONE, TOWER
+from fixtures_refusals import EVERY, FACTS, ONE, TOWER, refused
 from fixtures_tiny import END, byte_level_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 import unified_edit as ue
 from unified_edit.editing import Contexts, Editor
@@ -134,10 +138,8 @@ def test_prefixes_are_of_full_length(
     contexts = Contexts(starts=(start,), lengths=(length,), per_start=3)
     Editor(model, tokenizer).prefixes(contexts)
     monkeypatch.undo()
-    # what a text from nothing begins with is the end-of-text token for a plain tokenizer too
-    begun = 1 if added or not start else 0
-    assert [len(row) for row in rows] == [begun + length] * 3
-    assert all(0 not in row[begun:] for row in rows)
+    assert [len(row) for row in rows] == [length] * 3
+    assert not any(0 in row for row in rows)
     prefixes = Editor(model, tokenizer).prefixes(contexts, 1)
     assert not any(END in prefix for prefix in prefixes)
     assert all(prefix.startswith(start) and prefix.endswith(". ") for prefix in prefixes[1:])
@@ -160,15 +162,97 @@ def test_no_token_that_was_added_is_sampled(make_gpt2, tiny_texts) -> None:
     assert not any(END in prefix or "@special@" in prefix for prefix in prefixes)
 
 
-def test_what_a_text_from_nothing_begins_with(tiny_texts, beginning, ending) -> None:
-    """What the tokenizer adds, or BOS, or EOS: in this order."""
-    tokenizer = byte_level_tokenizer(tiny_texts)
-    assert Encoder(beginning).start == (0,)
-    assert Encoder(ending).start == (0,)
-    tokenizer.bos_token = "T"
-    assert Encoder(tokenizer).start == (tokenizer.convert_tokens_to_ids("T"),)
+def marked(texts, bos, eos, separator=END):
+    """A tokenizer that adds nothing, with such special tokens; the separator's number is 0."""
+    tokenizer = byte_level_tokenizer(texts)
+    if separator != END:
+        rules = tokenizer.backend_tokenizer.to_str().replace(END, separator)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(rules))
+    tokenizer.bos_token, tokenizer.eos_token = bos, eos
+    return tokenizer
+
+
+#: bos, eos, the token with number 0; behind what a text is sampled, with what one from nothing
+#: begins. "T" and "I" are numbers like any other.
+BEGINNINGS = {
+    "GPT-2": (END, END, END, "", END),
+    "SmolLM2": ("T", "I", END, END, END),
+    "Qwen": (None, END, END, END, END),
+    "Granite": ("T", "I", "<|end_of_text|>", "<|end_of_text|>", "<|end_of_text|>"),
+    "Llama, adding nothing": ("T", "I", "</s>", "T", "T"),
+    "one token, another name": ("I", "I", "</s>", "", "I"),
+    "no BOS": (None, "I", "</s>", "", "I"),
+    "nothing": (None, None, "</s>", "", ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "zero", "opening", "start"), BEGINNINGS.values(), ids=list(BEGINNINGS)
+)
+def test_behind_what_texts_are_sampled(tiny_texts, bos, eos, zero, opening, start) -> None:
+    tokenizer = marked(tiny_texts, bos, eos, zero)
+    encoder = Encoder(tokenizer)
+    ids = [(tokenizer.convert_tokens_to_ids(one),) if one else () for one in (opening, start)]
+    assert [encoder.opening, encoder.start] == ids
+    other = marked(tiny_texts, "O", "O", zero)
+    assert Encoder(other).signature != encoder.signature, "or one's prefixes pass for the other's"
+
+
+def test_what_is_added_is_what_texts_are_sampled_behind(beginning, ending) -> None:
+    beginning = copy.deepcopy(beginning)
+    beginning.eos_token = "T"  # whatever else there is
+    assert Encoder(beginning).opening == Encoder(beginning).start == (0,)
+    assert Encoder(ending).opening == () and Encoder(ending).start == (0,)
+
+
+def test_prefixes_behind_a_separator(make_gpt2, tiny_texts) -> None:
+    """Literally: the separator and the start are read, the likeliest five drawn among, for each
+    of the tokens that are missing; the separator is neither counted nor part of the text."""
+    model, tokenizer = make_gpt2(), marked(tiny_texts, None, END)
+    contexts = Contexts(starts=("The", "I was"), lengths=(4,), per_start=2)
+    found = Editor(model, tokenizer).prefixes(contexts, 7)
+    generator = torch.Generator().manual_seed(7)
+    wanted = [""]
+    for start in contexts.starts:
+        rows = torch.tensor([[0, *tokenizer(start)["input_ids"]]] * 2)
+        while rows.shape[1] < 1 + 4:
+            with torch.no_grad():
+                logits = model(rows).logits[:, -1]
+            logits[:, 0] = -torch.inf
+            likeliest, ids = logits.topk(5)
+            drawn = torch.multinomial(likeliest.softmax(-1), 1, generator=generator)
+            rows = torch.cat([rows, ids.gather(1, drawn)], dim=1)
+        wanted += [" ".join(text.split()) + ". " for text in tokenizer.batch_decode(rows[:, 1:])]
+    assert found == tuple(wanted)
+    plain = Editor(model, marked(tiny_texts, END, END)).prefixes(contexts, 7)
+    assert plain != found, "or the separator was not read"
+
+
+def test_a_text_from_nothing_begins_with_a_word(make_gpt2, tiny_texts) -> None:
+    """Behind a separator that the tokenizer does not add; elsewhere with what the model says."""
+    model = make_gpt2()
+    contexts = Contexts(starts=("",), lengths=(1, 3), per_start=6)
+    found = Editor(model, marked(tiny_texts, "T", END)).prefixes(contexts)[1:]
+    assert all(re.match("[A-Z][a-z]+", one) for one in found)
+    assert len(set(found)) > 6
+    plain = Editor(model, marked(tiny_texts, END, END)).prefixes(contexts)[1:]
+    assert not all(re.match("[A-Z][a-z]+", one) for one in plain)
+
+
+def test_a_vocabulary_without_words_to_begin_with(make_gpt2, tiny_texts) -> None:
+    """Then a text from nothing begins with what the model says."""
+    model, tokenizer = make_gpt2(), byte_level_tokenizer([text.lower() for text in tiny_texts])
     tokenizer.bos_token = None
-    assert Encoder(tokenizer).start == (0,)
+    found = Editor(model, tokenizer).prefixes(Contexts(starts=("",), lengths=(2,), per_start=4))
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("contexts", [Contexts(starts=("",)), Contexts(starts=("The", ""))])
+def test_a_start_that_there_is_none_of(make_gpt2, tiny_texts, contexts) -> None:
+    model = make_gpt2()
+    words = ("without a start", "has none", "set tokenizer.bos_token", "starts that are words")
+    with refused(model, TokenizationError, *words):
+        Editor(model, marked(tiny_texts, None, None, "</s>")).prefixes(contexts)
 
 
 def test_a_text_of_nothing_but_what_is_added(tiny, ending, beginning) -> None:

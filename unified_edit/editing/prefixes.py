@@ -27,10 +27,10 @@ TOP_K = 5
 class Contexts:
     """Prefixes in front of a prompt: `per_start` samples of each length after each start.
 
-    `lengths` are numbers of tokens, the start included. An empty start stands for the token that a
-    text from nothing begins with. `prefixes`, if given, are used as they are and nothing is
-    sampled: those of a published run replay it. The bare prompt always comes first and is not
-    counted here.
+    `lengths` are numbers of tokens, the start included; what the model reads in front of it
+    (`Encoder.opening`) is not counted. An empty start stands for a text from nothing. `prefixes`,
+    if given, are used as they are and nothing is sampled: those of a published run replay it. The
+    bare prompt always comes first and is not counted here.
     """
 
     starts: tuple[str, ...] = MEMIT_STARTS
@@ -102,30 +102,38 @@ def sample_prefixes(
         )
     if "" in spec.starts and not encoder.start:
         raise TokenizationError(
-            "prefixes without a start begin with the end-of-text token, but this tokenizer has "
-            "none; set tokenizer.eos_token, or give contexts with starts"
+            "prefixes without a start begin with the token that texts begin with or that stands "
+            "between them, but this tokenizer has none; set tokenizer.bos_token, or give "
+            "contexts with starts that are words"
         )
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]
     with quiet(model), torch.no_grad():
         for length in spec.lengths:
             for start in spec.starts:
-                ids = encoder.encode([start])[0].ids if start else encoder.start
-                # the tokens that every text begins with are not part of the prefix
-                wanted = length + len(encoder.before if start else encoder.start)
-                encoder.check_ids(ids)
-                rows = torch.tensor([ids] * spec.per_start, device=model.device)
-                while rows.shape[1] < wanted:
-                    rows = torch.cat([rows, _next(model, encoder, rows, generator)], dim=1)
-                texts = encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)
+                # what stands in front of the words is read, but is no part of the prefix
+                front = encoder.opening if start else encoder.start
+                words = encoder.encode([start])[0].ids[len(encoder.before) :] if start else ()
+                encoder.check_ids(front)
+                rows = torch.tensor([[*front, *words]] * spec.per_start, device=model.device)
+                while (missing := len(front) + length - rows.shape[1]) > 0:
+                    from_nothing = not start and missing == length
+                    tokens = _next(model, encoder, rows, generator, from_nothing)
+                    rows = torch.cat([rows, tokens], dim=1)
+                sampled = rows[:, len(front) :]
+                texts = encoder.tokenizer.batch_decode(sampled, skip_special_tokens=True)
                 prefixes += [" ".join(text.split()) + ". " for text in texts]
     return tuple(prefixes)
 
 
 def _next(
-    model: PreTrainedModel, encoder: Encoder, rows: torch.Tensor, generator: torch.Generator
+    model: PreTrainedModel,
+    encoder: Encoder,
+    rows: torch.Tensor,
+    generator: torch.Generator,
+    from_nothing: bool,
 ) -> torch.Tensor:
-    """One sampled token for each row: (rows x 1)."""
+    """One sampled token for each row, the first word of a text if `from_nothing`: (rows x 1)."""
     seen = torch.ones_like(rows)
     output = model.base_model(rows, attention_mask=seen, use_cache=False, **PLAIN_OUTPUT)
     logits = logits_of(model, output.last_hidden_state[:, -1]).float().cpu()
@@ -136,6 +144,27 @@ def _next(
         )
     # a token that was added to the tokenizer alone is never sampled anyway
     logits[:, [token for token in encoder.added if token < logits.shape[1]]] = -torch.inf
+    if from_nothing and encoder.opening and not encoder.before:
+        # Its corpus was one stream of texts, so that it never learned what follows a separator at
+        # the very first place: SmolLM2 says "-_12321" there. All rows are equal still.
+        words = _first_words(encoder, logits[0])
+        if words:
+            others = torch.ones(logits.shape[1], dtype=torch.bool)
+            others[words] = False
+            logits[:, others] = -torch.inf
     top, tokens = logits.topk(TOP_K)
     choice = torch.multinomial(top.softmax(-1), 1, generator=generator)
     return tokens.gather(1, choice).to(rows)
+
+
+def _first_words(encoder: Encoder, logits: torch.Tensor) -> list[int]:
+    """The likeliest tokens that a sentence can begin with, such as "The"; [] if there are few."""
+    found: list[int] = []
+    known = min(len(encoder.tokenizer), len(logits))
+    for token in logits[:known].argsort(descending=True).tolist():
+        text = encoder.tokenizer.decode([token]).strip()
+        if len(text) > 1 and text.isalpha() and text.istitle() and token not in encoder.added:
+            found.append(token)
+        if len(found) == TOP_K:
+            return found
+    return []

@@ -19,6 +19,8 @@ from unified_edit.model.anatomy import Anatomy, Tokenizer
 
 #: The prompt at whose subject the KL term of the value optimisation is read (ROME, sec. 3.1).
 KL_SUFFIX = " is a"
+#: Names of the token that stands between the texts of a pretraining corpus.
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 #: Texts that go through the tokenizer together.
 _AT_ONCE = 1024
 
@@ -112,10 +114,25 @@ class Encoder:
         self.after = tuple(ids[len(ids) - behind :])
 
     @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """The ids behind which a text is sampled, so that no word of it is the model's first token.
+
+        What the tokenizer adds, or the separator of pretraining (SmolLM2, Qwen), or BOS. None for
+        a tokenizer whose only such token is its BOS and EOS in one (GPT-2, GPT-J, Pythia): the
+        released code of ROME and MEMIT samples there from the first word itself.
+        """
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        added = self.tokenizer.get_added_vocab()
+        separator = next((added[name] for name in SEPARATORS if name in added), first)
+        if self.before or separator is None or separator == first == last:
+            return self.before
+        return (separator,)
+
+    @cached_property
     def start(self) -> tuple[int, ...]:
-        """The ids that a text from nothing begins with: what the tokenizer adds, BOS, or EOS."""
+        """The ids that a text from nothing begins with: `opening`, or else BOS, or EOS."""
         ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        return self.before or tuple(token for token in ids if token is not None)[:1]
+        return self.opening or tuple(token for token in ids if token is not None)[:1]
 
     @cached_property
     def added(self) -> frozenset[int]:
@@ -126,7 +143,8 @@ class Encoder:
     @cached_property
     def signature(self) -> str:
         """A hash of what the tokenizer does; equal for equal ones."""
-        described = (self.tokenizer.backend_tokenizer.to_str(), sorted(self.added), self.start)
+        rules = self.tokenizer.backend_tokenizer.to_str()
+        described = (rules, sorted(self.added), self.opening, self.start)
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
