@@ -265,13 +265,13 @@ def keys_of_text(model: Any, ids: list[int], layer: int) -> Tensor:
 
 def second_moment(
     model: Any, tokenizer: Any, texts: Sequence[str], layer: int,
-    max_tokens_per_text: int | None = None,
+    max_tokens_per_text: int | None = None, skip: int = 0,
 ) -> Tensor:  # fmt: skip
-    """C0: mean of k k^T over every token of every text, each text read on its own."""
+    """C0: mean of k k^T over every token of every text but the first `skip`, each read alone."""
     total, count = torch.tensor(0.0), 0
     for text in texts:
         ids = encode(tokenizer, text)[:max_tokens_per_text]
-        for k in keys_of_text(model, ids, layer) if ids else ():
+        for k in keys_of_text(model, ids, layer)[skip:] if ids else ():
             total, count = total + torch.outer(k, k), count + 1
     return total / count
 

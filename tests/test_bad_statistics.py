@@ -91,6 +91,19 @@ def test_a_wrong_number_of_tokens(tiny, tiny_tokenizer, tiny_texts, field, value
         collect(tiny, tiny_tokenizer, tiny_texts, **{field: value})
 
 
+@pytest.mark.parametrize("value", [1, None, "yes"])
+def test_a_wrong_skip_start(tiny, tiny_tokenizer, tiny_texts, value) -> None:
+    with refused(tiny, StatisticsError, "skip_start", repr(value), "True or False"):
+        collect(tiny, tiny_tokenizer, tiny_texts, skip_start=value)
+
+
+def test_texts_that_are_nothing_but_their_first_token(tiny, tiny_tokenizer, tiny_texts) -> None:
+    with refused(tiny, StatisticsError, "skip_start", "max_tokens=1", "larger max_tokens"):
+        collect(tiny, tiny_tokenizer, tiny_texts, skip_start=True, max_tokens=1)
+    with refused(tiny, StatisticsError, "the corpus gave no tokens", "more text"):
+        collect(tiny, tiny_tokenizer, ["T"] * 9, skip_start=True, shrinkage=1e-2)
+
+
 @pytest.mark.parametrize("layers", [5, None, "0"], ids=repr)
 def test_layers_that_are_no_list(tiny, tiny_tokenizer, tiny_texts, layers) -> None:
     with refused(tiny, ModelError, "layer", repr(layers), f"0..{LAYERS - 1}"):

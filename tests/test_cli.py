@@ -391,6 +391,15 @@ def test_statistics_are_the_library_s(run, place, out):
         assert torch.equal(made.C0(layer), wanted.C0(layer))
 
 
+def test_statistics_without_the_first_token(run, out):
+    text, _ = run(
+        "statistics", "--model", "model", "--layers", 0, "--texts", "texts.txt",
+        "--skip-start", "--shrinkage", "1e-2", "--out", out,
+    )  # fmt: skip
+    assert ", shrinkage 0.01, without the first token of each text\n" in text
+    assert ue.KeyStatistics.load(out).source.skip_start
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_behind_the_output_is_said_in_one_line(place):
     command = [sys.executable, "-m", "unified_edit", "ask", "--model", str(place / "model"), "The"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 import pytest
 import reference
 import torch
+from fixtures_tiny import END
+from tokenizers import processors
 from torch import nn
 
 import unified_edit as ue
@@ -59,6 +62,76 @@ def test_batching_and_padding_do_not_matter(tiny_model, tiny_tokenizer, tiny_tex
     assert wide.source.tokens == narrow.source.tokens
     difference = float((wide.C0(1) - narrow.C0(1)).norm() / wide.C0(1).norm())
     assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("bos", [False, True], ids=["no BOS", "BOS"])
+def test_c0_without_the_first_token(
+    tiny_model, tiny_tokenizer, tiny_texts, tmp_path, monkeypatch, bos
+):
+    """BOS where there is one, else the first word: of every text of every length, and no other."""
+    monkeypatch.setattr(collect, "FRESH_KEYS", 0)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    if bos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END} $A", special_tokens=[(END, 0)]
+        )
+    texts = [*tiny_texts[::9], "T", ""]  # a text of one token, and one of none
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert len(set(lengths)) > 3 and lengths[-1] == bos
+    made = ue.KeyStatistics.collect(
+        tiny_model, tokenizer, texts, (0, 2), skip_start=True, shrinkage=1e-3
+    )
+    for layer in (0, 2):
+        wanted = reference.second_moment(tiny_model, tokenizer, texts, layer, skip=1).double()
+        wanted.diagonal().add_(1e-3 * wanted.diagonal().mean())
+        assert float((made.C0(layer) - wanted).norm() / wanted.norm()) <= TOLERANCE
+    assert made.source.tokens == sum(lengths) - sum(map(bool, lengths))
+    assert "skip_start=True" in repr(made)
+    made.save(tmp_path / "c0.safetensors")
+    assert ue.KeyStatistics.load(tmp_path / "c0.safetensors").source == made.source
+
+
+def test_the_first_token_is_in_c0_unless_it_is_left_out(
+    make_gpt2, tiny_tokenizer, tiny_texts, tmp_path, small_groups, monkeypatch
+):
+    """The sums say whether it is: one checkpoint does not serve for the other, nor one layer."""
+    model, path = make_gpt2(), tmp_path / "partial.safetensors"
+
+    def made(texts, **options):
+        return ue.KeyStatistics.collect(model, tiny_tokenizer, texts, (1,), **options)
+
+    for skip, other in ((True, False), (False, True)):
+        with pytest.raises(KeyboardInterrupt):
+            made(until(tiny_texts, 115), checkpoint=path, skip_start=skip)
+        with pytest.raises(StatisticsError, match="another run"):
+            made(tiny_texts, checkpoint=path, skip_start=other)
+        resumed = made(tiny_texts, checkpoint=path, skip_start=skip)
+        assert torch.equal(resumed.C0(1), made(tiny_texts, skip_start=skip).C0(1))
+        assert resumed.source.skip_start is skip
+    whole, less = made(tiny_texts), made(tiny_texts, skip_start=True)
+    assert whole.source.skip_start is False
+    assert whole.source.tokens - less.source.tokens == len(tiny_texts)
+    with pytest.raises(StatisticsError, match="with the same skip_start"):
+        ue.KeyStatistics.joined([whole, less])
+    # it is what is counted that is drawn
+    few = made(tiny_texts, tokens=300, skip_start=True)
+    assert 300 <= few.source.tokens < 320
+
+
+def test_statistics_without_the_first_token_are_not_taken_from_the_cache(
+    make_gpt2, tiny_tokenizer, tiny_texts, folder, corpus, caplog
+):
+    wanted = statistics_for(make_gpt2(), tiny_tokenizer, (1,))
+    (path,) = folder.rglob("layer-1*")
+    less = ue.KeyStatistics.collect(
+        make_gpt2(), tiny_tokenizer, tiny_texts, (1,), skip_start=True
+    )  # fmt: skip
+    less.save(path)
+    with caplog.at_level(logging.WARNING):
+        again = statistics_for(make_gpt2(), tiny_tokenizer, (1,))
+    assert "cached statistics are not used" in caplog.text
+    assert "without the first token" in caplog.text
+    assert torch.equal(again.C0(1), wanted.C0(1))
 
 
 def test_edits_are_taken_out_while_collecting(

@@ -171,6 +171,9 @@ def _statistics(made: argparse.ArgumentParser) -> None:
                       "--texts; twenty for each entry of a key from the default corpus)")
     made.add_argument("--shrinkage", type=float, default=0.0, metavar="EPS",
                       help="add EPS * tr(C0)/d_k * I, for few tokens (default: 0)")
+    made.add_argument("--skip-start", action="store_true",
+                      help="leave the first token of each text out of C0: edits may then move its "
+                      "output, which every text holds")
     made.add_argument("--checkpoint", type=_path, metavar="FILE",
                       help="keep the sums here meanwhile; the same command goes on from there")
     made.add_argument("--out", type=_path, required=True, metavar="FILE", help="the statistics")

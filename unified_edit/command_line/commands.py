@@ -165,6 +165,7 @@ def run_statistics(args: Namespace) -> Result:
     made = KeyStatistics.collect(
         model, tokenizer, texts, args.layers,
         tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint, keep_checkpoint=True,
+        skip_start=args.skip_start,
     )  # fmt: skip
     made.save(args.out)  # where this fails, the checkpoint still holds the work
     if args.checkpoint is not None:
@@ -177,6 +178,7 @@ def run_statistics(args: Namespace) -> Result:
     source = asdict(made.source)
     document = {**_about(args, model), "source": source, "layers": layers, "out": str(args.out)}
     shrunk = f", shrinkage {args.shrinkage:g}" if args.shrinkage else ""
+    shrunk += ", without the first token of each text" if args.skip_start else ""
     text = (
         f"C0 from {source['tokens']} tokens of {source['texts']} texts{shrunk}\n"
         f"{format_table(pd.DataFrame(layers))}"

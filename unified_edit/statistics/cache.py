@@ -85,6 +85,8 @@ def _read(
     try:
         loaded = KeyStatistics.load(path)
         loaded.check_model(fingerprint, anatomy(model).name)
+        if loaded.source.skip_start:
+            raise StatisticsError(f"{path} was collected without the first token of each text")
         return loaded.only(layer)
     except StatisticsError as problem:
         log.warning("cached statistics are not used: %s", problem)

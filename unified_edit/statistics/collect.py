@@ -7,8 +7,6 @@ said whether there was enough text: the halves must agree on fresh keys.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,17 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from unified_edit.errors import StatisticsError, StatisticsFileError
+from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.batching import batches_by_length, left_padded
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
-from unified_edit.model.tensor_files import read_safetensors, write_safetensors
+from unified_edit.statistics.sums import Sums, agreement, mean, shrink_in_place
 
 log = logging.getLogger(__name__)
 
-PARTIAL = "unified_edit.key_statistics/2/partial"
 #: Keys set aside for the convergence check; they are in neither half.
 FRESH_KEYS = 256
 #: Texts of one batch in the order of the corpus: what is between two checkpoints.
@@ -53,6 +50,7 @@ class Source:
     library: str  # version of unified_edit
     shrinkage: float = 0.0
     origin: str | None = None  # of a dequantised model: its file, and how that was quantised
+    skip_start: bool = False  # the first token of each text, BOS or a word, is not in C0
 
 
 class Collected(NamedTuple):
@@ -76,6 +74,7 @@ class Job:
     shrinkage: float = 0.0
     tokens: int | None = None
     checkpoint: Path | None = None
+    skip_start: bool = False
 
     @property
     def longest(self) -> int:
@@ -96,78 +95,12 @@ class Job:
             "max_tokens": self.longest,
             "library": version("unified_edit"),
             "group": GROUP,
+            "skip_start": self.skip_start,
         }
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
         return self.encoder.ids(texts, self.longest)
-
-
-class _Sums:
-    """Running float64 sums of k k' of two halves of the text, for all layers of a pass."""
-
-    def __init__(self, weights: Sequence[NamedWeight]) -> None:
-        self.halves = {
-            one.layer: [torch.zeros(one.d_in, one.d_in, dtype=torch.float64) for _ in range(2)]
-            for one in weights
-        }
-        self.fresh = {one.layer: torch.zeros(0, one.d_in) for one in weights}
-        self.counts = [0, 0]
-        self.groups = 0
-        self.texts = 0
-        self.digest = hashlib.sha256()
-
-    def add(self, keys: dict[int, Tensor], half: int) -> None:
-        """Add keys ({layer: tokens x d_k}) to one half; the first ones of all stay fresh."""
-        missing = FRESH_KEYS - len(next(iter(self.fresh.values())))
-        taken = min(missing, len(next(iter(keys.values()))))
-        for layer, rows in keys.items():
-            rows = rows.float()
-            if taken:
-                self.fresh[layer] = torch.cat([self.fresh[layer], rows[:taken].cpu()])
-            rest = rows[taken:]
-            self.halves[layer][half].add_((rest.T @ rest).cpu())
-        self.counts[half] += len(next(iter(keys.values()))) - taken
-
-    @property
-    def seen(self) -> int:
-        """Tokens taken so far, those set aside included."""
-        return sum(self.counts) + len(next(iter(self.fresh.values())))
-
-    def save(self, path: Path, description: dict[str, Any]) -> None:
-        tensors = {
-            f"{half}.{layer}": sums
-            for layer, pair in self.halves.items()
-            for half, sums in enumerate(pair)
-        }
-        tensors |= {f"fresh.{layer}": keys for layer, keys in self.fresh.items()}
-        state = {
-            "counts": self.counts,
-            "groups": self.groups,
-            "texts": self.texts,
-            "corpus": self.digest.hexdigest(),
-        }
-        try:
-            description = {**description, "state": state}
-            write_safetensors(path, tensors, PARTIAL, description, StatisticsFileError)
-        except StatisticsFileError as problem:  # the run goes on; only an interruption would cost
-            log.warning("no checkpoint of the key statistics: %s", problem)
-
-    def restore(self, path: Path, description: dict[str, Any]) -> dict[str, Any]:
-        """Take over what `save` wrote; return its state. Raises StatisticsError on a mismatch."""
-        tensors, meta = read_safetensors(path, PARTIAL, StatisticsFileError)
-        state = meta.pop("state", None)
-        if meta != json.loads(json.dumps(description)) or state is None:
-            raise StatisticsError(
-                f"the checkpoint {path} belongs to another run ({meta} instead of "
-                f"{description}); delete it or give another path"
-            )
-        for layer, pair in self.halves.items():
-            for half in range(2):
-                pair[half] = tensors[f"{half}.{layer}"]
-            self.fresh[layer] = tensors[f"fresh.{layer}"]
-        self.counts, self.groups = list(state["counts"]), int(state["groups"])
-        return state
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -197,7 +130,7 @@ def _first(job: Job, group: list[str], wanted: int) -> list[str]:
     """The first texts of a group that have `wanted` tokens together; all, if they have fewer."""
     total = 0
     for place, ids in enumerate(job.rows(group)):
-        total += len(ids)
+        total += len(ids) - (job.skip_start and bool(ids))
         if total >= wanted:
             return group[: place + 1]
     return group
@@ -205,7 +138,7 @@ def _first(job: Job, group: list[str], wanted: int) -> list[str]:
 
 def collect(job: Job, texts: Iterable[str]) -> Collected:
     """Run the texts through the model, from the checkpoint on if there is one."""
-    sums = _Sums(job.weights)
+    sums = Sums(job.weights, FRESH_KEYS)
     done: dict[str, Any] | None = None
     if job.checkpoint is not None and job.checkpoint.exists():
         done = sums.restore(job.checkpoint, job.description)
@@ -243,7 +176,7 @@ def collect(job: Job, texts: Iterable[str]) -> Collected:
     return _finish(job, sums)
 
 
-def _check_same_texts(sums: _Sums, done: dict[str, Any], checkpoint: Path | None) -> None:
+def _check_same_texts(sums: Sums, done: dict[str, Any], checkpoint: Path | None) -> None:
     """Raise StatisticsError unless the texts seen so far are those a checkpoint was made from."""
     if sums.digest.hexdigest() != done["corpus"]:
         raise StatisticsError(
@@ -252,7 +185,7 @@ def _check_same_texts(sums: _Sums, done: dict[str, Any], checkpoint: Path | None
         )
 
 
-def _add_group(job: Job, group: list[str], sums: _Sums) -> int:
+def _add_group(job: Job, group: list[str], sums: Sums) -> int:
     """Run one group of texts, batched by length; return the number of tokens."""
     rows = [row for row in job.rows(group) if row]
     job.encoder.check_ids([token for row in rows for token in row])
@@ -265,6 +198,8 @@ def _add_group(job: Job, group: list[str], sums: _Sums) -> int:
         with captured(sites) as seen:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         real = inputs["attention_mask"].bool()
+        if job.skip_start:
+            real = inputs["position_ids"] > 0  # the first place of a row, and padding, have 0
         keys = {
             one.layer: per_token(model, seen.get(one.layer), real.shape, one.module, "input")[real]
             for one in job.weights
@@ -285,7 +220,7 @@ def _add_group(job: Job, group: list[str], sums: _Sums) -> int:
     return total
 
 
-def _finish(job: Job, sums: _Sums) -> Collected:
+def _finish(job: Job, sums: Sums) -> Collected:
     model, count = job.parts.model, sum(sums.counts)
     width = max(weight.d_in for weight in job.weights)
     if count < 2 * width and not job.shrinkage:
@@ -299,10 +234,10 @@ def _finish(job: Job, sums: _Sums) -> Collected:
             f"the corpus gave no tokens beyond the {FRESH_KEYS} set aside to check convergence; "
             "give more text"
         )
-    moments, agreement = {}, {}
+    moments, agreements = {}, {}
     for layer in job.layers:
-        agreement[layer] = _agreement(sums.halves[layer], sums.counts, sums.fresh[layer])
-        moments[layer] = _mean(sums.halves.pop(layer), count)
+        agreements[layer] = agreement(sums.halves[layer], sums.counts, sums.fresh[layer])
+        moments[layer] = mean(sums.halves.pop(layer), count)
         if job.shrinkage:
             shrink_in_place(moments[layer], job.shrinkage)
     source = Source(
@@ -317,33 +252,6 @@ def _finish(job: Job, sums: _Sums) -> Collected:
         library=version("unified_edit"),
         shrinkage=job.shrinkage,
         origin=job.parts.origin,
+        skip_start=job.skip_start,
     )
-    return Collected(source, moments, agreement)
-
-
-def _mean(halves: list[Tensor], count: int) -> Tensor:
-    """C0 of two halves' sums, in the memory of the first."""
-    first, second = halves
-    return first.add_(second).div_(count)
-
-
-def shrink_in_place(moment: Tensor, shrinkage: float) -> None:
-    """Add shrinkage * tr(C0)/d_k to the diagonal of C0."""
-    moment.diagonal().add_(shrinkage * moment.diagonal().mean())
-
-
-def _agreement(halves: list[Tensor], counts: list[int], fresh: Tensor) -> float:
-    """Median of |k'C1^-1 k / k'C2^-1 k - 1| over fresh keys; NaN if a half cannot be factored."""
-    if min(counts) < fresh.shape[1] or not len(fresh):  # a half is singular
-        return float("nan")
-    # a coordinate that is zero in every key of a half says nothing; half precision has some
-    alive = (halves[0].diagonal() * halves[1].diagonal()).nonzero()[:, 0]
-    keys, costs = fresh[:, alive].double().T, []
-    for half, count in zip(halves, counts, strict=True):
-        if len(alive) < len(half):
-            half = half[alive][:, alive]
-        factor, bad = torch.linalg.cholesky_ex(half / count)
-        if bad:
-            return float("nan")
-        costs.append(torch.linalg.solve_triangular(factor, keys, upper=False).square().sum(0))
-    return float((costs[0] / costs[1] - 1).abs().median())
+    return Collected(source, moments, agreements)

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor
 
-from unified_edit.arguments import as_path, real_number, whole_number
+from unified_edit.arguments import as_path, is_flag, real_number, whole_number
 from unified_edit.errors import (
     NotPositiveDefiniteError,
     ObjectiveError,
     StatisticsError,
     StatisticsFileError,
+    brief,
 )
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.model.hooks import quiet
@@ -29,7 +30,8 @@ from unified_edit.model.ledger import ledger_of
 from unified_edit.model.prompts import Encoder
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.objective import Metric
-from unified_edit.statistics.collect import Job, Source, collect, shrink_in_place
+from unified_edit.statistics.collect import Job, Source, collect
+from unified_edit.statistics.sums import shrink_in_place
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ class KeyStatistics:
         checkpoint: str | Path | None = None,
         keep_checkpoint: bool = False,
         batch_tokens: int = 8192,
+        skip_start: bool = False,
     ) -> KeyStatistics:
         """Run the texts through the model and sum k k' at the given layers.
 
@@ -151,6 +154,10 @@ class KeyStatistics:
         done, unless `keep_checkpoint` says that it is to stay until the result is saved. On an
         edited model the statistics of its base are collected: the edits are taken out meanwhile
         and put back bit for bit.
+
+        The first token of a text (BOS where the tokenizer adds it) is an attention sink in many
+        models, and its key may be nearly all of C0. It stays in: every text holds that key, and an
+        edit must not move its output. `skip_start` leaves it out, to see what remains.
 
         Raises StatisticsError for fewer than 2*d_k tokens, unless `shrinkage` is given, for
         texts that are no strings, and for a checkpoint made from something else; ModelError for
@@ -164,6 +171,13 @@ class KeyStatistics:
             for name, count in counts.items()
             if count is not None
         }
+        if not is_flag(skip_start):
+            raise StatisticsError(f"skip_start is {brief(skip_start)}; it must be True or False")
+        if skip_start and whole["max_tokens"] == 1:
+            raise StatisticsError(
+                "skip_start leaves out the first token of each text, and max_tokens=1 takes no "
+                "other; give a larger max_tokens"
+            )
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise StatisticsError(
                 f"texts is one {type(texts).__name__}; give a list of texts, each stands alone"
@@ -178,6 +192,7 @@ class KeyStatistics:
                 fingerprint=ledger.fingerprint(wholly=True),
                 shrinkage=real_number(shrinkage, "shrinkage", StatisticsError, least=0),
                 checkpoint=place,
+                skip_start=bool(skip_start),
                 **whole,
             )
             source, moments, agreement = collect(job, texts)
@@ -221,10 +236,15 @@ class KeyStatistics:
         """Statistics of several layers of one model as one object, with the first one's source.
 
         layers: which of them; all if None. Raises StatisticsError if they were made from
-        different models.
+        different models, or some without the first token of each text (`skip_start`).
         """
         if len({one.source.fingerprint for one in each}) != 1:
             raise StatisticsError("statistics of different models cannot be joined")
+        if len({one.source.skip_start for one in each}) != 1:
+            raise StatisticsError(
+                "some of these statistics hold the first token of each text and some do not; "
+                "collect all of them with the same skip_start"
+            )
 
         def all_of(name: str) -> dict[int, Any]:
             items = [item for one in each for item in getattr(one, name).items()]
