@@ -16,12 +16,16 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes, unless asked for, and what needs data that are not here."""
     slow = os.environ.get("UNIFIED_EDIT_SLOW") == "1"
+    gemma = bool(os.environ.get("UNIFIED_EDIT_GEMMA"))
 
     def stays(item: pytest.Item) -> bool:
         there = all(
             (DATA / name).exists() for mark in item.iter_markers("data") for name in mark.args
         )
-        return there and (slow or item.get_closest_marker("slow") is None)
+        asked_for = {"slow": slow, "gemma": gemma}
+        return there and all(
+            asked or item.get_closest_marker(name) is None for name, asked in asked_for.items()
+        )
 
     left_out = [item for item in items if not stays(item)]
     if left_out:

@@ -51,6 +51,7 @@ STATISTICS = (
     "-k",
     "second_moment or interrupted or batching or first_token",
 )
+BEHIND_NORM = ("tests/test_behind_norm.py",)
 EVALUATION = ("tests/test_evaluation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
@@ -72,6 +73,7 @@ CHAPTERS = {
     EDITS: ("first_edit", "rome"),
     FINGERPRINTS: (),
     STATISTICS: ("preserving",),
+    BEHIND_NORM: (),
     EVALUATION: ("judging",),
     BAD_INPUT: (),
     GGUF: (),
@@ -210,6 +212,15 @@ FAULTS = (
           '"skip_start": self.skip_start,', '"skip_start": False,', STATISTICS),
     Fault("C0 is a sum, not a mean", "statistics/sums.py",
           "first.add_(second).div_(count)", "first.add_(second)", STATISTICS),
+    Fault("behind a norm all tokens count alike", "statistics/weighting.py",
+          "return keys * gain[:, None].to(keys.dtype)", "return keys", BEHIND_NORM),
+    Fault("a token counts by the norm's factor, not by its square", "model/anatomy.py",
+          "return torch.rsqrt(mean + self.model.config.rms_norm_eps)",
+          "return torch.rsqrt(mean + self.model.config.rms_norm_eps).sqrt()", BEHIND_NORM),
+    Fault("a run with one weighting goes on with another", "statistics/collect.py",
+          '            "weighting": self.weighting,\n', "", BEHIND_NORM),
+    Fault("statistics do not say how tokens count", "statistics/collect.py",
+          "        weighting=job.weighting,\n", "", BEHIND_NORM),
     Fault("a resumed run counts texts twice", "statistics/collect.py",
           "            if done is not None and number < skipped:\n",
           "            if done is not None and number < skipped - 1:\n", STATISTICS),

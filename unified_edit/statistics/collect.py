@@ -24,6 +24,7 @@ from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics.sums import Sums, agreement, mean, shrink_in_place
+from unified_edit.statistics.weighting import WEIGHTINGS
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Source:
     shrinkage: float = 0.0
     origin: str | None = None  # of a dequantised model: its file, and how that was quantised
     skip_start: bool = False  # the first token of each text, BOS or a word, is not in C0
+    weighting: str = "tokens"  # how much each token counts, one of `WEIGHTINGS`
 
 
 class Collected(NamedTuple):
@@ -75,6 +77,7 @@ class Job:
     tokens: int | None = None
     checkpoint: Path | None = None
     skip_start: bool = False
+    weighting: str = "tokens"
 
     @property
     def longest(self) -> int:
@@ -96,6 +99,7 @@ class Job:
             "library": version("unified_edit"),
             "group": GROUP,
             "skip_start": self.skip_start,
+            "weighting": self.weighting,
         }
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
@@ -200,8 +204,13 @@ def _add_group(job: Job, group: list[str], sums: Sums) -> int:
         real = inputs["attention_mask"].bool()
         if job.skip_start:
             real = inputs["position_ids"] > 0  # the first place of a row, and padding, have 0
+        weigh = WEIGHTINGS[job.weighting]
         keys = {
-            one.layer: per_token(model, seen.get(one.layer), real.shape, one.module, "input")[real]
+            one.layer: weigh(
+                job.parts,
+                one,
+                per_token(model, seen.get(one.layer), real.shape, one.module, "input")[real],
+            )
             for one in job.weights
         }
         for layer, value in keys.items():
@@ -253,5 +262,6 @@ def _finish(job: Job, sums: Sums) -> Collected:
         shrinkage=job.shrinkage,
         origin=job.parts.origin,
         skip_start=job.skip_start,
+        weighting=job.weighting,
     )
     return Collected(source, moments, agreements)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.objective import Metric
 from unified_edit.statistics.collect import Job, Source, collect
 from unified_edit.statistics.sums import shrink_in_place
+from unified_edit.statistics.weighting import WEIGHTINGS
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class KeyStatistics:
         keep_checkpoint: bool = False,
         batch_tokens: int = 8192,
         skip_start: bool = False,
+        weighting: Literal["tokens", "norm"] = "tokens",
     ) -> KeyStatistics:
         """Run the texts through the model and sum k k' at the given layers.
 
@@ -158,6 +160,11 @@ class KeyStatistics:
         The first token of a text (BOS where the tokenizer adds it) is an attention sink in many
         models, and its key may be nearly all of C0. It stays in: every text holds that key, and an
         edit must not move its output. `skip_start` leaves it out, to see what remains.
+        `weighting` says how much each token counts. "tokens": all alike. "norm" is for models with
+        a norm behind the MLP (Gemma 2 and 3, OLMo 2), where an update lengthens what stands in the
+        residual stream the more, the shorter the MLP's output was: C0 is E[k k' / rms(W0 k)^2]
+        then, the mean square of what the block's output moves by, up to the norm's own weights.
+        Without such a norm it is C0 itself.
 
         Raises StatisticsError for fewer than 2*d_k tokens, unless `shrinkage` is given, for
         texts that are no strings, and for a checkpoint made from something else; ModelError for
@@ -182,6 +189,10 @@ class KeyStatistics:
             raise StatisticsError(
                 f"texts is one {type(texts).__name__}; give a list of texts, each stands alone"
             )
+        if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
+            raise StatisticsError(
+                f"weighting is {brief(weighting)}; choose one of {tuple(WEIGHTINGS)}"
+            )
         place = None if checkpoint is None else as_path(checkpoint, "checkpoint", StatisticsError)
         ledger = ledger_of(model)
         with quiet(model), ledger.base_state():
@@ -193,6 +204,7 @@ class KeyStatistics:
                 shrinkage=real_number(shrinkage, "shrinkage", StatisticsError, least=0),
                 checkpoint=place,
                 skip_start=bool(skip_start),
+                weighting=weighting,
                 **whole,
             )
             source, moments, agreement = collect(job, texts)
@@ -236,10 +248,15 @@ class KeyStatistics:
         """Statistics of several layers of one model as one object, with the first one's source.
 
         layers: which of them; all if None. Raises StatisticsError if they were made from
-        different models, or some without the first token of each text (`skip_start`).
+        different models, or weigh tokens differently (`weighting`, `skip_start`).
         """
         if len({one.source.fingerprint for one in each}) != 1:
             raise StatisticsError("statistics of different models cannot be joined")
+        if len({one.source.weighting for one in each}) != 1:
+            raise StatisticsError(
+                "tokens count differently in some of these statistics; collect all of them with "
+                "the same weighting"
+            )
         if len({one.source.skip_start for one in each}) != 1:
             raise StatisticsError(
                 "some of these statistics hold the first token of each text and some do not; "
