@@ -19,15 +19,14 @@ import argparse
 import contextlib
 import inspect
 import logging
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, get_args
 
-from unified_edit.arguments import as_path
+from unified_edit.command_line import options
+from unified_edit.command_line.options import path_of, whole
 from unified_edit.errors import (
     ContradictionError,
     InfeasibleError,
@@ -51,171 +50,7 @@ exit codes:
 """
 
 
-def _whole(least: int, most: float = math.inf) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{value} is not {limits}")
-        return value
-
-    number.__name__ = "whole number"  # what argparse calls it in its message
-    return number
-
-
-def _path(text: str) -> Path:
-    try:
-        return as_path(text, "the path", UnifiedEditError)
-    except UnifiedEditError as problem:
-        raise argparse.ArgumentTypeError(str(problem)) from problem
-
-
 # fmt: off
-def _ask(made: argparse.ArgumentParser) -> None:
-    """Show the most probable next tokens after a prompt.
-
-    examples:
-      python -m unified_edit ask "The Eiffel Tower is located in the city of" -k 3
-      python -m unified_edit ask --edit rome.safetensors --json --prompt "Rome is in" "Paris is in"
-    """
-    made.add_argument("prompts", nargs="*", metavar="PROMPT", help="one or more prompts")
-    made.add_argument("--prompt", nargs="+", action="extend", metavar="PROMPT", help="the same")
-    made.add_argument("-k", type=_whole(1), default=5, metavar="N",
-                      help="how many tokens (default: 5)")
-    made.add_argument("--edit", type=_path, action="append", metavar="FILE",
-                      help="apply this saved edit first; may be given several times, in order")
-
-
-def _edit(made: argparse.ArgumentParser) -> None:
-    """Write facts into the model and save the edit.
-
-    A file of facts holds one JSON object a line, or a JSON list of them:
-      {"prompt": "{} is located in the city of", "subject": "The Eiffel Tower",
-       "target_new": "Rome", "target_true": "Paris"}      (on one line; target_true may be left out)
-
-    examples:
-      python -m unified_edit edit --facts facts.jsonl --out edit.safetensors
-      python -m unified_edit edit --method MEMIT --layers 3 4 --ridge 10 --facts facts.jsonl \\
-          --out edit.safetensors --peft adapter/
-      python -m unified_edit edit --prompt "{} is located in the city of" \\
-          --subject "The Eiffel Tower" --target Rome --out rome.safetensors
-    """
-    made.add_argument("--method", default="EMMET", metavar="NAME",
-                      help="ROME, EMMET (the default), MEMIT or EMMET_RELEASED")
-    made.add_argument("--facts", type=_path, metavar="FILE", help="JSON Lines or a JSON list")
-    made.add_argument("--prompt", help="instead of a file: the prompt of one fact, {} for its "
-                      "subject")
-    made.add_argument("--subject", help="its subject")
-    made.add_argument("--target", help="what the model shall say after the prompt")
-    made.add_argument("--target-true", metavar="TARGET", help="what it says now (may be left out)")
-    made.add_argument("--out", type=_path, required=True, metavar="FILE", help="the edit")
-    made.add_argument("--peft", type=_path, metavar="FOLDER",
-                      help="write the edit as a LoRA adapter too, to a new or empty folder")
-    made.add_argument("--seed", type=_whole(0, 2**63 - 1),
-                      help="of the sampled prefixes (default: 0)")
-
-
-def _evaluate(made: argparse.ArgumentParser) -> None:
-    """Measure what a method or a saved edit does to records.
-
-    With --method each batch of records is edited into the unedited model, measured and undone.
-    With --edit the model with these saved edits is measured. With neither, the model alone.
-
-    examples:
-      python -m unified_edit evaluate --records atlas --limit 20 --method MEMIT --batch-size 20
-      python -m unified_edit evaluate --records records.jsonl --edit edit.safetensors \\
-          --out report.json --table table.csv
-      python -m unified_edit evaluate --model gpt2-xl --records counterfact --limit 100 --seed 0 \\
-          --json
-      python -m unified_edit evaluate --model gpt2-xl --records counterfact --method EMMET \\
-          --known-only --to answers.jsonl
-    """
-    made.add_argument("--records", default="atlas", metavar="NAME",
-                      help="atlas (the default), counterfact, zsre, or a file of records")
-    made.add_argument("--limit", type=_whole(1), metavar="N",
-                      help="at most N records: the first ones, or with --seed a sample")
-    made.add_argument("--seed", type=_whole(0, 2**63 - 1),
-                      help="of the sample, the prefixes and the intervals (default: 0; the first "
-                      "records are taken then)")
-    what = made.add_mutually_exclusive_group()
-    what.add_argument("--method", metavar="NAME",
-                      help="edit the records by ROME, EMMET, MEMIT or EMMET_RELEASED")
-    what.add_argument("--edit", type=_path, action="append", metavar="FILE",
-                      help="a saved edit; may be given several times, in order")
-    made.add_argument("--batch-size", type=_whole(1), metavar="N",
-                      help="with --method: records edited together (default: 1)")
-    made.add_argument("--on-shared-subject", choices=("raise", "merge", "split"),
-                      help="with --method: facts of a batch about one subject are refused (the "
-                      "default), get one value, or are written one after another")
-    made.add_argument("--on-conflict", choices=("raise", "last"),
-                      help="with --method: facts of a batch that contradict each other are refused "
-                      "(the default), or the last one wins")
-    made.add_argument("--known-only", action="store_true",
-                      help="leave out records whose true object the model does not prefer before")
-    made.add_argument("--to", type=_path, metavar="FILE",
-                      help="write the answers here as they come, as JSON Lines; the same command "
-                      "goes on from there")
-    made.add_argument("--out", type=_path, metavar="FILE", help="write the JSON document here too")
-    made.add_argument("--table", type=_path, metavar="FILE",
-                      help="write one line a prompt and state here, as CSV")
-
-
-def _statistics(made: argparse.ArgumentParser) -> None:
-    """Collect C0, the second moment of keys of ordinary text.
-
-    Each text stands alone. In a file, blank lines stand between texts, which may go over several
-    lines; in a file without blank lines between others, each line is a text. --split says which it
-    is where that rule is wrong. Ten tokens for each entry of a key serve, twenty are the default;
-    fewer than two are refused, unless --shrinkage is given.
-
-    examples:
-      python -m unified_edit statistics --layers 0 1 2 --out atlas.safetensors
-      python -m unified_edit statistics --model gpt2-xl --layers 17 --texts a.txt b.txt \\
-          --tokens 64000 --checkpoint partial.safetensors --out gpt2-xl.safetensors
-      python -m unified_edit statistics --layers 0 --texts few.txt --shrinkage 1e-3 \\
-          --out few.safetensors
-    """
-    made.add_argument("--layers", type=_whole(0), nargs="+", required=True, metavar="N",
-                      help="blocks, ascending; all are collected in one pass")
-    made.add_argument("--texts", type=_path, nargs="+", metavar="FILE",
-                      help="UTF-8 text (default: the model's default corpus; WikiText-103 from "
-                      "the Hub for all but atlas)")
-    made.add_argument("--split", choices=("paragraphs", "lines"),
-                      help="what one text is in these files")
-    made.add_argument("--tokens", type=_whole(1), metavar="N",
-                      help="draw no more texts once N tokens were counted (default: all of "
-                      "--texts; twenty for each entry of a key from the default corpus)")
-    made.add_argument("--shrinkage", type=float, default=0.0, metavar="EPS",
-                      help="add EPS * tr(C0)/d_k * I, for few tokens (default: 0)")
-    made.add_argument("--skip-start", action="store_true",
-                      help="leave the first token of each text out of C0: edits may then move its "
-                      "output, which every text holds")
-    made.add_argument("--checkpoint", type=_path, metavar="FILE",
-                      help="keep the sums here meanwhile; the same command goes on from there")
-    made.add_argument("--out", type=_path, required=True, metavar="FILE", help="the statistics")
-
-
-def _suggest(made: argparse.ArgumentParser) -> None:
-    """Find layers and a clamp for a method, on records that are not to be scored afterwards.
-
-    --layers are those to try, each alone; by default a coarse grid, then what is around the best.
-
-    examples:
-      python -m unified_edit suggest --records atlas --layers 0 1 2 --clamps 1.25 --budget 600
-      python -m unified_edit suggest --model smollm2 --records own.jsonl --to sweep.jsonl --json
-    """
-    made.add_argument("--method", default="EMMET", metavar="NAME", help="as of edit")
-    made.add_argument("--records", default="atlas", metavar="NAME", help="as of evaluate")
-    made.add_argument("--count", type=_whole(1), default=8, metavar="N",
-                      help="records to use, drawn with --seed (default: 8)")
-    made.add_argument("--clamps", type=float, nargs="+", metavar="C",
-                      help="to try (default: 0.75 2 4)")
-    made.add_argument("--budget", type=float, metavar="S", help="begin nothing after S seconds")
-    made.add_argument("--to", type=_path, metavar="FILE",
-                      help="keep each row here; the same command goes on from there")
-    made.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, help="(default: 0)")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole program; each command sets `command` and `parser`."""
     plain: dict[str, Any] = {"add_help": False, "allow_abbrev": False}
@@ -244,11 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
                        help="print one JSON document, and nothing else, on standard output")
     settings = argparse.ArgumentParser(**plain)
     group = settings.add_argument_group("settings of the method")
-    group.add_argument("--layers", type=_whole(0), nargs="+", metavar="N",
+    group.add_argument("--layers", type=whole(0), nargs="+", metavar="N",
                        help="blocks to edit, ascending (default: the method's own for this model)")
     group.add_argument("--ridge", type=float, metavar="LAM",
                        help="lambda of the least-squares form, per mean C0; 0: equality")
-    group.add_argument("--statistics", type=_path, metavar="FILE",
+    group.add_argument("--statistics", type=path_of, metavar="FILE",
                        help="C0 of these layers, made by the command statistics (default: from "
                        "the cache, or collected from the model's default corpus and kept)")
     group.add_argument("--on-shared-subject", choices=get_args(SharedSubject),
@@ -271,12 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for add, parents in (
-        (_ask, []), (_edit, [settings, saved]), (_evaluate, [settings, saved]),
-        (_statistics, [saved]), (_suggest, [settings]),
+        (options.ask, []), (options.edit, [settings, saved]),
+        (options.evaluate, [settings, saved]), (options.statistics, [saved]),
+        (options.suggest, [settings]),
     ):
         title, _, more = inspect.cleandoc(add.__doc__ or "").partition("\n\n")
         made = commands.add_parser(
-            add.__name__.removeprefix("_"), help=title[0].lower() + title[1:].rstrip("."),
+            add.__name__, help=title[0].lower() + title[1:].rstrip("."),
             description=title, epilog=f"{more}\n{EXIT_CODES}", parents=[*parents, common], **texts,
         )
         made.set_defaults(parser=made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,8 +42,7 @@ def complete(
     inputs = left_padded(rows, model.device)
     del inputs["position_ids"]  # generate makes them from the mask, and goes on counting
     with quiet(model), torch.no_grad():
-        generate: Callable[..., torch.Tensor] = model.generate
-        written = generate(
+        written = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=number,
             do_sample=False,

@@ -24,7 +24,8 @@ from unified_edit.editing.editor import Editor
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.errors import EditError, MethodError, ObjectiveError
 from unified_edit.facts import Fact, Record
-from unified_edit.measuring.questions import Sheet, check_records, to_table
+from unified_edit.measuring.questions import Sheet, check_records
+from unified_edit.measuring.report import to_table
 from unified_edit.measuring.scores import AFTER, BEFORE, harmonic_mean, summarise
 from unified_edit.measuring.sweep_files import SweepFile, description
 from unified_edit.measuring.sweep_order import (
