@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import reference
@@ -400,3 +402,24 @@ def test_shrinkage_is_explicit_and_recorded(make_gpt2, tiny_tokenizer, tiny_text
     assert made.source.shrinkage == 0.5
     with pytest.raises(StatisticsError, match="already shrunk"):
         made.shrunk(0.1)
+
+
+def test_what_the_first_tokens_are_in_c0_of_a_real_model():
+    """The figures and the spectra that `benchmarks/sinks.py` committed are those of one run."""
+    root = Path(__file__).resolve().parents[1]
+    figures, spectra = (
+        json.loads((root / folder / "sinks.json").read_text(encoding="utf-8"))
+        for folder in ("benchmarks/results", "book/data")
+    )
+    assert figures["command"] == spectra["command"]
+    assert figures["command"].startswith("python benchmarks/sinks.py --texts wiki.valid.raw")
+    for layer, each in figures["layers"].items():
+        for name, found in each.items():
+            values = spectra["eigenvalues of C0, descending"][layer][name]
+            assert len(values) == 1536 and values == sorted(values, reverse=True)
+            share = found["share of the largest eigenvalue"]
+            assert values[0] / sum(values) == pytest.approx(share, rel=6e-3)
+            assert values[0] / values[-1] == pytest.approx(found["condition"], rel=6e-3)
+    sink = figures["layers"]["11"]
+    moved = "moved at the first token, over |r|"
+    assert max(sink["with first tokens"][moved]) < 0.1 * min(sink["without first tokens"][moved])
