@@ -57,7 +57,7 @@ BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
 TUNING = ("tests/test_fine_tuning.py", "-k", "released or stops or norm")
 SUGGESTING = ("tests/test_suggesting.py", "-k", "not atlas")
-TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages")
+TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages or some_layers")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
 
@@ -237,16 +237,26 @@ FAULTS = (
           "not wanted.items() <= found.items()", "not found", GGUF),
     Fault("weights of a file that are left over go unnoticed", "model/dequantised.py",
           "if set(left) - _STRETCHED:", "if set(left) - _STRETCHED - set(left):", GGUF),
-    Fault("a state put back one block too late", "measuring/traced_runs.py",
-          "hidden = self.states[start - 1].repeat(shape[0], 1, 1)",
-          "hidden = self.states[min(start, len(self.states) - 1)].repeat(shape[0], 1, 1)", TRACING),
-    Fault("a window that begins at its layer", "measuring/traced_runs.py",
-          "first, last = max(0, layer - around), min(top, layer + around)",
-          "first, last = layer, min(top, layer + 2 * around)", TRACING),
-    Fault("each restoration with noise of its own", "measuring/traced_runs.py",
-          "stack.enter_context(self._corrupted(self.noise.repeat(shape[0], 1, 1)))",
-          "stack.enter_context(self._corrupted("
-          "self.noise.flip(0).repeat(shape[0], 1, 1)))", TRACING),
+    Fault("a run that begins one block too high", "measuring/restored_runs.py",
+          "self.runs.states[one.first][:, self.token :].clone()",
+          "self.runs.states[min(one.first + 1, self.parts.n_layers - 1)][:, self.token :].clone()",
+          TRACING),
+    Fault("a window that begins at its layer", "measuring/restored_runs.py",
+          "max(0, layer - width // 2),", "layer,", TRACING),
+    Fault("the keys of another draw of the noise", "measuring/restored_runs.py",
+          ".repeat(rows // samples, 1, 1, 1)",
+          ".repeat_interleave(rows // samples, dim=0)", TRACING),
+    Fault("the keys of the clean run left of the token", "measuring/traced_runs.py",
+          "one.keys[own].clone()", "one.keys[:1].repeat(samples, 1, 1, 1)", TRACING),
+    Fault("what one block restored enters the next", "measuring/traced_runs.py",
+          "                    by_row[place] = own", "                    pass", TRACING),
+    Fault("a block of its own window left out", "measuring/restored_runs.py",
+          "one.first < layer <= one.last", "one.first < layer < one.last", TRACING),
+    Fault("kept keys cut to the window in tracing", "measuring/traced_runs.py",
+          "made = DynamicCache()  # all tokens",
+          "made = DynamicCache(config=parts.model.config)  #", FAMILIES),
+    Fault("a place counted by the first layer alone", "measuring/traces.py",
+          "~np.isnan(each).all(axis=2)", "~np.isnan(each[:, :, 0])", TRACING),
     Fault("noise in units of one, not of sigma", "measuring/tracing.py",
           "draws = strength * scale * _standard_noise", "draws = strength * _standard_noise",
           TRACING),

@@ -7,6 +7,7 @@ particular to it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -302,22 +303,22 @@ def restored_literally(
 
 
 def test_a_trace_is_that_of_one_restoration_at_a_time(model: Any, beginning: Any) -> None:
-    fact = ue.Fact("{} was born in", "Lisbon", "Rome", "Oslo and Rome")
-    trace = ue.locate(model, beginning, [fact], samples=1, window=3, sigma=0.5)
+    """At tokens further apart than windows of attention are wide; each at half of the layers."""
+    fact = ue.Fact("The {} is in the city of", "old tower", "Rome", "Oslo and Rome")
+    own = {"state": 1, "mlp": 3, "attention": 3}
+    trace = ue.locate(model, beginning, [fact], samples=2, windows=own, sigma=0.5)
     one = trace.facts[0]
     whole, count = reference.ids_with_target(beginning, fact.text, fact.target_true)
     subject = list(range(one.subject[0], one.subject[1] + 1))
-    assert one.subject[0] == 1
-    for kind, token, layer, near in (
-        ("state", subject[-1], 1, [1]),
-        ("mlp", subject[-1], 0, [0, 1]),
-        ("mlp", count - 1, 2, [1, 2, 3]),
-        ("attention", count - 1, 3, [2, 3]),
-    ):
+    assert one.subject == (2, 3) and count > 8
+    tokens = dict(enumerate((2, 3, 5, count - 1)))
+    for kind, (place, token), half in itertools.product(own, tokens.items(), range(2)):
+        layer = 2 * half + place % 2
+        near = [other for other in range(4) if abs(other - layer) <= own[kind] // 2]
         wanted = restored_literally(
-            model, whole, count, subject, one.noise[0], kind, token, near
-        )  # fmt: skip
-        assert float(one.restored[kind][0, token, layer]) == pytest.approx(wanted, rel=SAME)
+            model, whole, count, subject, one.noise[half], kind, token, near
+        )
+        assert float(one.restored[kind][half, token, layer]) == pytest.approx(wanted, rel=SAME)
 
 
 def test_noise_is_measured_where_it_is_added(model: Any, tiny_tokenizer: Any) -> None:

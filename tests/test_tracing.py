@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 import unified_edit as ue
 from unified_edit.errors import FactError, MethodError, ModelError, TokenizationError
-from unified_edit.measuring import Trace, TracedFact, locate, subject_sigma, traced_runs
+from unified_edit.measuring import Trace, TracedFact, locate, restored_runs, subject_sigma, tracing
 from unified_edit.measuring.traced_runs import KINDS
 from unified_edit.measuring.traces import PLACES
 
@@ -95,7 +96,7 @@ def literal(
     samples = len(one.noise)
     corrupted = torch.empty(samples, dtype=torch.float64)
     restored = torch.empty(samples, len(prompt), layers, dtype=torch.float64)
-    half = 0 if kind == "state" else window // 2
+    half = window // 2
     for sample in range(samples):
 
         def corrupt(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def test_tracing_matches_one_restoration_at_a_time(
     tolerance = 1e-9 if model.config.model_type == "gpt2" else 1e-5
     for one in trace.facts:
         for kind in KINDS:
-            clean, corrupted, restored = literal(model, tiny_tokenizer, one, kind, window)
+            width = 1 if kind == "state" else window
+            clean, corrupted, restored = literal(model, tiny_tokenizer, one, kind, width)
             # float64 on both sides, but for GPT-J's attention scores, which its code always
             # makes in float32: an error of 1e-7, carried on by four layers
             assert one.clean == pytest.approx(clean, rel=tolerance)
@@ -147,13 +149,83 @@ def test_single_precision_and_small_batches_give_the_same(
     make_gpt2: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     precise = locate(make_gpt2(3, torch.float64), tiny_tokenizer, TOWER, samples=3)
-    monkeypatch.setattr(traced_runs, "BATCH_TOKENS", 70)
     single = locate(make_gpt2(3), tiny_tokenizer, TOWER, samples=3)
+    monkeypatch.setattr(restored_runs, "CPU_TOKENS", 70)
+    monkeypatch.setattr(restored_runs, "TOGETHER", 170)
+    monkeypatch.setattr(restored_runs, "POSITIONS", 2)
+    small = locate(make_gpt2(3, torch.float64), tiny_tokenizer, TOWER, samples=3)
     for kind in KINDS:
+        wanted = precise.facts[0].restored[kind]
         # probabilities carry an error of about 1e-6 in float32
-        assert torch.allclose(
-            single.facts[0].restored[kind], precise.facts[0].restored[kind], atol=1e-5
-        )
+        assert torch.allclose(single.facts[0].restored[kind], wanted, atol=1e-5)
+        assert torch.allclose(small.facts[0].restored[kind], wanted, rtol=1e-9)
+
+
+def test_each_kind_with_a_window_of_its_own(make_gpt2: Any, tiny_tokenizer: Any) -> None:
+    model, own = make_gpt2(3, torch.float64), {"state": 3, "attention": 5}
+    trace = locate(model, tiny_tokenizer, TOWER, samples=1, window=3, windows=own)
+    assert {kind: trace.width(kind) for kind in KINDS} == {"state": 3, "mlp": 3, "attention": 5}
+    for kind in KINDS:
+        wanted = literal(model, tiny_tokenizer, trace.facts[0], kind, trace.width(kind))[2]
+        assert torch.allclose(trace.facts[0].restored[kind], wanted, rtol=1e-9)
+    titles = [ax.get_title() for ax in trace.plot()]
+    assert titles == [
+        "residual stream, windows of 3", "MLP, windows of 3", "attention, windows of 5"
+    ]  # fmt: skip
+    plt.close("all")
+    usual = locate(model, tiny_tokenizer, TOWER, samples=1, window=3)
+    assert [usual.width(kind) for kind in KINDS] == [1, 3, 3]
+    with pytest.raises(MethodError, match="'block' was not traced"):
+        usual.width("block")
+
+
+@pytest.mark.filterwarnings("error")
+def test_some_layers_only(make_gpt2: Any, tiny_tokenizer: Any) -> None:
+    model = make_gpt2(3, torch.float64)
+    whole = locate(model, tiny_tokenizer, FACTS, samples=2, window=3)
+    some = locate(model, tiny_tokenizer, FACTS, samples=2, window=3, layers=[1, 3])
+    assert some.layers == (1, 3) and whole.layers is None
+    assert "2 facts in layers 1, 3 (" in repr(some) and "layers" not in repr(whole)
+    for kind in KINDS:
+        for one, other in zip(some.facts, whole.facts, strict=True):
+            assert torch.allclose(one.effect(kind)[:, [1, 3]], other.effect(kind)[:, [1, 3]])
+            assert one.effect(kind)[:, [0, 2]].isnan().all()
+        partly, average = some.average(kind), whole.average(kind)
+        assert partly.n == average.n
+        for found, wanted in zip(partly[:3], average[:3], strict=True):
+            assert np.allclose(found[:, [1, 3]], wanted[:, [1, 3]], atol=1e-9, equal_nan=True)
+            assert np.isnan(found[:, [0, 2]]).all()
+        assert some.effects(kind)[[0, 2]].isna().all(axis=None)
+    assert set(some.table()["layer"]) == {1, 3} and not some.table()["effect"].isna().any()
+    alone = locate(model, tiny_tokenizer, TOWER, samples=2, kinds="mlp", layers=2)
+    assert set(alone.table()["layer"]) == {2}
+    for trace, layers in ((some, ["1", "3"]), (alone, ["2"])):
+        drawn = np.ravel(trace.plot())
+        assert [label.get_text() for label in drawn[-1].get_xticklabels()] == layers
+    plt.close("all")
+
+
+def test_the_bar_counts_restorations_by_what_they_cost(
+    make_gpt2: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar(contextlib.nullcontext[Any]):
+        def __init__(self, what: str, total: int, unit: str) -> None:
+            self.what, self.total, self.unit = what, total, unit
+            self.steps: list[int] = []
+            super().__init__(self)
+
+        def update(self, count: int) -> None:
+            self.steps.append(count)
+
+    bars: list[Bar] = []
+    monkeypatch.setattr(tracing, "progress", lambda *told: bars.append(Bar(*told)) or bars[-1])
+    trace = locate(make_gpt2(), tiny_tokenizer, FACTS, samples=1, kinds=("mlp",), layers=[0, 3])
+    (bar,) = bars
+    tokens = [len(one.tokens) - one.subject[0] for one in trace.facts]
+    assert (bar.what, bar.unit, bar.total) == ("tracing", "restoration", 2 * sum(tokens))
+    assert sum(bar.steps) == bar.total and len(bar.steps) == sum(tokens)
+    # the first token's runs are the longest: they cost more than two of many equal restorations
+    assert bar.steps[0] > 2 > bar.steps[tokens[0] - 1]
 
 
 def test_what_was_not_corrupted_has_no_effect(make_gpt2: Any, tiny_tokenizer: Any) -> None:
@@ -373,6 +445,10 @@ def test_plots(make_gpt2: Any, tiny_tokenizer: Any) -> None:
         ({"kinds": ()}, "choose one or more"),
         ({"kinds": "block"}, "'state', 'mlp', 'attention'"),
         ({"kinds": ("mlp", "mlp")}, "each once"),
+        ({"windows": 3}, "windows is 3; give a dictionary"),
+        ({"windows": {"block": 3}}, "windows is {'block': 3}; give a dictionary"),
+        ({"windows": {"mlp": 4}}, r"windows\['mlp'\] is 4; give an odd number"),
+        ({"windows": {"mlp": 0}}, r"windows\['mlp'\] is 0"),
     ],
 )
 def test_settings_out_of_range(
@@ -391,6 +467,11 @@ def test_what_cannot_be_traced(make_gpt2: Any, tiny_tokenizer: Any) -> None:
     long = ue.Fact("{} is" + " in" * POSITIONS, "The tower", "Rome", "Oslo")
     with pytest.raises(TokenizationError, match="131 tokens, but the model has only 128"):
         locate(model, tiny_tokenizer, long)
+    for layers in ([LAYERS], [2, 1], [], [-1], [1, 1]):
+        with pytest.raises(ModelError, match=r"blocks 0\.\.3"):
+            locate(model, tiny_tokenizer, TOWER, layers=layers)
+    with pytest.raises(ModelError, match="a layer is 'all'"):
+        locate(model, tiny_tokenizer, TOWER, layers="all")
     with pytest.raises(ModelError, match="not a transformers model"):
         locate(nn.Linear(2, 2), tiny_tokenizer, TOWER)
     with torch.no_grad():

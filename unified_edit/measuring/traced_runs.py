@@ -1,30 +1,25 @@
-"""The runs behind causal tracing: clean, corrupted, and restored ones, for one fact.
+"""The clean and the corrupted runs of one fact: all that a restored run is made from.
 
-A restoration at layer l changes nothing below l. So the corrupted run is made once, its states are
-kept, and restorations that begin at the same layer run together as the rows of one batch, from
-that layer up.
+Both are rows of one forward, and so is a third kind of row, out of which every restoration begins:
+a block gets the corrupted run's states, and in it the MLP (or attention) gives what it gave in the
+clean run, at all tokens together. Behind its attention a block treats each token by itself, so what
+it then gives at a token is what it gives if that token alone is restored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from unified_edit.facts import Fact
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import BATCH_TOKENS, left_padded
-from unified_edit.model.hooks import (
-    PLAIN_OUTPUT,
-    captured,
-    noticing_tuples,
-    per_token,
-    replaced_output,
-    stubbed,
-)
+from unified_edit.model.batching import left_padded
+from unified_edit.model.hooks import PLAIN_OUTPUT, noticing_tuples, per_token, replaced_output
 from unified_edit.model.likelihoods import log_probabilities
 from unified_edit.model.prompts import Encoder, Row
 
@@ -51,138 +46,123 @@ def read_prompt(encoder: Encoder, fact: Fact) -> Prompt:
     return Prompt(found.ids, tokens, (subject[0], subject[-1]))
 
 
-class _Restoration(NamedTuple):
-    """Put back what `kind` gave at `token` in the layers first..last; `layer` is the middle."""
-
-    kind: str
-    token: int
-    layer: int
-    first: int
-    last: int
-
-
 class Runs:
-    """The clean and the corrupted runs of one fact, and restored runs on top of them."""
+    """The clean and the corrupted runs of one fact, with what restored runs need of them.
 
-    def __init__(self, parts: Anatomy, prompt: Prompt, asked: Row, noise: Tensor) -> None:
-        self.parts, self.prompt, self.asked = parts, prompt, asked
-        self.noise = noise.to(parts.embeddings.dtype).to(parts.model.device)
-        sites: dict[tuple[str, int], tuple[nn.Module, str]] = {}
-        for layer in range(parts.n_layers):
-            for kind in KINDS:
-                sites[kind, layer] = (self._module(kind, layer), "output")
-        both = torch.cat([torch.zeros_like(self.noise[:1]), self.noise])
-        with (
-            noticing_tuples(parts.blocks[0]) as returned,
-            captured(sites, stop=False) as seen,
-            self._corrupted(both),
-        ):
-            found = self._probabilities(len(both))
-        self.as_tuple = returned[0]
-        self.clean, self.corrupted = float(found[0]), found[1:]
-        shape = (len(both), len(asked.ids))
-        self.outputs = {
-            site: per_token(parts.model, value, shape, sites[site][0], "output")[0].clone()
-            for site, value in seen.items()
+    clean: probability of the object in the clean run; corrupted: (samples,) in the corrupted ones.
+    given: (kind, layer) -> (tokens x width), what it gives in the clean run.
+    states: for each layer (samples x tokens x width), what the block gives in the corrupted runs.
+    restored_at: (kind, layer) -> (samples x tokens x width), what the block gives at each token in
+        a corrupted run in which that kind is restored at the token, in this layer alone.
+    cache: for each layer the corrupted runs' keys and values (samples x heads x tokens x width of
+        a head) of its attention.
+    as_tuple: whether the blocks of this family return tuples.
+    """
+
+    def __init__(
+        self, parts: Anatomy, prompt: Prompt, asked: Row, noise: Tensor, kinds: Sequence[str]
+    ) -> None:
+        self.parts, self.asked = parts, asked
+        self._subject = prompt.subject
+        noise = noise.to(parts.embeddings.dtype).to(parts.model.device)
+        self._samples = samples = len(noise)
+        inside = [kind for kind in kinds if kind != "state"]
+        self._rows = {
+            kind: slice(1 + samples * place, 1 + samples * (place + 1))
+            for place, kind in enumerate(["corrupted", *inside])
         }
-        #: samples x tokens x width after each block of the corrupted runs
-        self.states = [seen["state", layer][1:].clone() for layer in range(parts.n_layers)]
+        self.given: dict[tuple[str, int], Tensor] = {}
+        self.states: list[Tensor] = []
+        self.restored_at: dict[tuple[str, int], Tensor] = {}
+        added = torch.cat([torch.zeros_like(noise[:1]), *[noise] * len(self._rows)])
+        made = DynamicCache()  # all tokens at every layer, also where attention has a window
+        with ExitStack() as stack:
+            returned = stack.enter_context(noticing_tuples(parts.blocks[0]))
+            embeddings = parts.model.get_input_embeddings()
+            stack.enter_context(replaced_output(embeddings, self._corrupting(added)))
+            for layer in range(parts.n_layers):
+                for kind in inside:
+                    module = module_of(parts, kind, layer)
+                    change = self._restoring(kind, layer, module, len(added))
+                    stack.enter_context(replaced_output(module, change))
+                change = self._keeping(layer, len(added))
+                stack.enter_context(replaced_output(parts.blocks[layer], change))
+            one = left_padded([asked.ids], parts.model.device)
+            final = parts.model.base_model(
+                **{name: value.expand(len(added), -1) for name, value in one.items()},
+                past_key_values=made,
+                use_cache=True,
+                **PLAIN_OUTPUT,
+            ).last_hidden_state
+        self.as_tuple = returned[0]
+        found = probabilities(parts, asked, final[: 1 + samples, -len(asked.target) :])
+        self.clean, self.corrupted = float(found[0]), found[1:]
+        own = self._rows["corrupted"]
+        layers: list[Any] = list(made.layers)
+        self.cache = [(one.keys[own].clone(), one.values[own].clone()) for one in layers]
 
-    def _module(self, kind: str, layer: int) -> nn.Module:
-        if kind == "state":
-            return self.parts.blocks[layer]
-        return self.parts.mlp(layer) if kind == "mlp" else self.parts.attention(layer)
-
-    def _corrupted(self, noise: Tensor) -> AbstractContextManager[None]:
-        """A context in which `noise` (rows x subject tokens x width) is added to the embeddings."""
-        first, last = self.prompt.subject
+    def _corrupting(self, noise: Tensor) -> Callable[[Tensor], Tensor]:
+        """Adds `noise` (rows x subject tokens x width) to the embeddings."""
+        first, last = self._subject
 
         def add(output: Tensor) -> Tensor:
             output = output.clone()
             output[:, first : last + 1] += noise
             return output
 
-        return replaced_output(self.parts.model.get_input_embeddings(), add)
+        return add
 
-    def _probabilities(self, rows: int) -> Tensor:
-        """One forward of so many equal rows: probability of the object in each (rows,)."""
-        model, target = self.parts.model, self.asked.target
-        one = left_padded([self.asked.ids], model.device)
-        inputs = {name: value.expand(rows, -1) for name, value in one.items()}
-        hidden = model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT).last_hidden_state
-        precise = log_probabilities(self.parts, hidden[:, -len(target) :])
-        wanted = torch.tensor(target, device=precise.device).expand(rows, -1)[:, :, None]
-        return precise.gather(2, wanted)[:, :, 0].cpu().double().mean(dim=1).exp()
+    def _restoring(
+        self, kind: str, layer: int, module: nn.Module, rows: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Keeps what a module gives in the clean run, and puts it back in the rows for that."""
 
-    def restored(self, kinds: Sequence[str], window: int) -> dict[str, Tensor]:
-        """Kind -> probability of the object (samples x prompt tokens x layers)."""
-        tokens, layers = len(self.prompt.ids), self.parts.n_layers
-        # before the subject nothing was corrupted: putting it back changes nothing
-        untouched = self.corrupted[:, None, None].expand(-1, tokens, layers)
-        found = {kind: untouched.clone() for kind in kinds}
-        for start, together in self._plan(kinds, window).items():
-            at_once = max(1, BATCH_TOKENS // (len(self.corrupted) * len(self.asked.ids)))
-            for begin in range(0, len(together), at_once):
-                part = together[begin : begin + at_once]
-                for one, values in zip(part, self._run(start, part), strict=True):
-                    found[one.kind][:, one.token, one.layer] = values
-        return found
+        def put_back(output: Tensor) -> Tensor:
+            output = output.clone()
+            by_row = self._by_row(output, module, rows)
+            self.given[kind, layer] = by_row[0].clone()
+            by_row[self._rows[kind]] = by_row[0]
+            return output
 
-    def _plan(self, kinds: Sequence[str], window: int) -> dict[int, list[_Restoration]]:
-        """All restorations, by the first block that must be run for them."""
-        top, half = self.parts.n_layers - 1, window // 2
-        plan: dict[int, list[_Restoration]] = {}
-        for kind in kinds:
-            for layer in range(top + 1):
-                around = 0 if kind == "state" else half
-                first, last = max(0, layer - around), min(top, layer + around)
-                # a restored state is where the next block begins
-                start = layer + 1 if kind == "state" else first
-                plan.setdefault(start, []).extend(
-                    _Restoration(kind, token, layer, first, last)
-                    for token in range(self.prompt.subject[0], len(self.prompt.ids))
-                )
-        return plan
+        return put_back
 
-    def _run(self, start: int, restorations: Sequence[_Restoration]) -> Tensor:
-        """Probabilities (restorations x samples) of restored runs that begin with block `start`."""
-        samples = len(self.corrupted)
-        shape = (len(restorations), samples)
-        rows = torch.arange(shape[0] * samples).view(shape).tolist()
-        changes: dict[tuple[str, int], list[tuple[list[int], int]]] = {}
-        for own, one in zip(rows, restorations, strict=True):
-            for layer in range(one.first, one.last + 1):
-                changes.setdefault((one.kind, layer), []).append((own, one.token))
-        with ExitStack() as stack:
-            if start == 0:
-                stack.enter_context(self._corrupted(self.noise.repeat(shape[0], 1, 1)))
-            else:
-                hidden = self.states[start - 1].repeat(shape[0], 1, 1)
-                self._put_back(hidden, "state", start - 1, changes.pop(("state", start - 1), []))
-                blocks = list(self.parts.blocks[:start])
-                stack.enter_context(stubbed(blocks, hidden, self.as_tuple))
-            for (kind, layer), places in changes.items():
-                stack.enter_context(self._replaced(kind, layer, places))
-            return self._probabilities(shape[0] * samples).view(shape)
+    def _keeping(self, layer: int, rows: int) -> Callable[[Tensor], Tensor]:
+        """Keeps what a block gives; what enters the next one is corrupted in all rows but one."""
+        block = self.parts.blocks[layer]
 
-    def _put_back(
-        self, hidden: Tensor, kind: str, layer: int, places: Sequence[tuple[list[int], int]]
-    ) -> None:
-        """Overwrite rows of `hidden`, each at its token, with the clean run's output."""
-        rows = [row for own, _ in places for row in own]
-        tokens = [token for own, token in places for _ in own]
-        hidden[rows, tokens] = self.outputs[kind, layer][tokens]
+        def keep(output: Tensor) -> Tensor:
+            output = output.clone()
+            by_row = self._by_row(output, block, rows)
+            self.given["state", layer] = by_row[0].clone()
+            everywhere = self.given["state", layer].expand(self._samples, -1, -1)
+            self.restored_at["state", layer] = everywhere
+            own = by_row[self._rows["corrupted"]].clone()
+            self.states.append(own)
+            for kind, place in self._rows.items():
+                if kind != "corrupted":
+                    self.restored_at[kind, layer] = by_row[place].clone()
+                    by_row[place] = own
+            return output
 
-    def _replaced(
-        self, kind: str, layer: int, places: Sequence[tuple[list[int], int]]
-    ) -> AbstractContextManager[None]:
-        """A context in which the output of one module is put back at some rows and tokens."""
+        return keep
 
-        def replace(hidden: Tensor) -> Tensor:
-            hidden = hidden.clone()
-            # what some MLPs give is one list of vectors for all rows
-            by_row = hidden.view(-1, len(self.asked.ids), hidden.shape[-1])
-            self._put_back(by_row, kind, layer, places)
-            return hidden
+    def _by_row(self, output: Tensor, module: nn.Module, rows: int) -> Tensor:
+        shape = (rows, len(self.asked.ids))
+        return per_token(self.parts.model, output, shape, module, "output")
 
-        return replaced_output(self._module(kind, layer), replace)
+
+def module_of(parts: Anatomy, kind: str, layer: int) -> nn.Module:
+    """The module whose output is restored."""
+    if kind == "state":
+        return parts.blocks[layer]
+    return parts.mlp(layer) if kind == "mlp" else parts.attention(layer)
+
+
+def probabilities(parts: Anatomy, asked: Row, final: Tensor) -> Tensor:
+    """Probability of the object (rows,) from final states (rows x target tokens x width).
+
+    Raises ModelError if the model's logits are NaN.
+    """
+    wanted = torch.tensor(asked.target, device=final.device).expand(len(final), -1)[:, :, None]
+    logs = log_probabilities(parts, final).gather(2, wanted)[:, :, 0]
+    return logs.cpu().double().mean(dim=1).exp()

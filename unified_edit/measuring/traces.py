@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,7 +36,8 @@ class Average(NamedTuple):
     """Effects of one kind averaged over facts, with their 95 % intervals.
 
     value, low, high: (places x layers), places in the order of `PLACES`; NaN where no fact has
-    the place, and NaN intervals where only one has it. n: the number of facts that have it.
+    the place and in layers that were not traced, and NaN intervals where only one fact has it.
+    n: the number of facts that have it.
     """
 
     value: np.ndarray
@@ -55,7 +56,7 @@ class TracedFact:
     clean: probability of the object in the clean run.
     corrupted_samples: (samples,) its probability in each corrupted run.
     restored: kind -> (samples x T x layers), its probability in each restored run; for a window
-        of several layers, the layer is the middle one.
+        of several layers, the layer is the middle one. NaN in layers that were not asked for.
     noise: (samples x subject tokens x width), what was added to the embeddings.
 
     All tensors are float64 on the CPU.
@@ -133,7 +134,8 @@ class Trace:
     """What `locate` found: one `TracedFact` a fact, and the settings.
 
     With one fact, `effects`, `table` and `plot` show its tokens; with several, averages over
-    facts by place.
+    facts by place. `layers` are those that were restored, None for all; `windows` holds the kinds
+    that have a window of their own, see `width`.
     """
 
     facts: tuple[TracedFact, ...]
@@ -143,6 +145,16 @@ class Trace:
     samples: int
     seed: int
     sigma: float
+    windows: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] | None = None
+
+    def width(self, kind: str) -> int:
+        """How many neighbouring layers were restored together.
+
+        Raises MethodError for a kind not traced.
+        """
+        usual = 1 if checked_kind(kind, self.kinds) == "state" else self.window
+        return self.windows.get(kind, usual)
 
     def average(self, kind: str) -> Average:
         """Mean effect by place over the facts that have it, :eq:`locate-average`.
@@ -150,26 +162,14 @@ class Trace:
         Intervals are 2.5 % and 97.5 % quantiles over 2,000 resamples of the facts, seeded.
         Raises MethodError for a kind not traced.
         """
-        import numpy as np
-
         checked_kind(kind, self.kinds)
-        each = torch.stack([one.at_places(kind) for one in self.facts]).numpy()
-        present = ~np.isnan(each[:, :, 0])
-        value, low, high = (np.full(each.shape[1:], math.nan) for _ in range(3))
-        for place in range(len(PLACES)):
-            have = each[present[:, place], place]
-            if len(have):
-                value[place] = have.mean(axis=0)
-            if len(have) > 1:
-                drawn = np.random.default_rng(self.seed).integers(
-                    len(have), size=(BOOTSTRAP, len(have))
-                )
-                means = have[drawn].mean(axis=1)
-                low[place], high[place] = np.quantile(means, [0.025, 0.975], axis=0)
-        return Average(value, low, high, tuple(int(count) for count in present.sum(axis=0)))
+        return averaged(torch.stack([one.at_places(kind) for one in self.facts]), self.seed)
 
     def effects(self, kind: str) -> pd.DataFrame:
-        """Effects of one kind as a table: a row a token (or place), a column a layer."""
+        """Effects of one kind as a table: a row a token (or place), a column a layer.
+
+        Columns of layers that were not traced are NaN.
+        """
         import pandas as pd
 
         if len(self.facts) == 1:
@@ -187,7 +187,7 @@ class Trace:
         """All effects, one a row.
 
         One fact: columns kind, position, token, place, layer, effect. Several: kind, place,
-        layer, effect, low, high, n, as in `average`.
+        layer, effect, low, high, n, as in `average`. Layers that were not traced are left out.
         """
         import pandas as pd
 
@@ -199,7 +199,7 @@ class Trace:
                 rows += [
                     {"kind": kind, "position": i, "token": one.tokens[i], "place": one.places[i],
                      "layer": layer, "effect": float(effect[i, layer])}
-                    for i in range(effect.shape[0]) for layer in range(effect.shape[1])
+                    for i in range(effect.shape[0]) for layer in self._traced(effect.shape[1])
                 ]  # fmt: skip
             else:
                 average = self.average(kind)
@@ -208,31 +208,33 @@ class Trace:
                      "effect": average.value[i, layer], "low": average.low[i, layer],
                      "high": average.high[i, layer], "n": average.n[i]}
                     for i, place in enumerate(PLACES) if average.n[i]
-                    for layer in range(average.value.shape[1])
+                    for layer in self._traced(average.value.shape[1])
                 ]  # fmt: skip
         return pd.DataFrame(rows)
 
     def plot(self, axes: Any = None) -> Any:
-        """Heat maps side by side, one a kind, on one colour scale.
+        """Heat maps side by side, one a kind, on one colour scale; a column a traced layer.
 
         axes: as many `Axes` as kinds, or None for a new figure. Returns the `Axes`, or an array
         of them if there are several kinds. See `unified_edit.measuring.figures.effect_maps`.
         """
         titles = {"state": "residual stream", "mlp": "MLP", "attention": "attention"}
-        frames = {
-            titles[kind] + (f", windows of {self.window}" if self._windowed(kind) else ""):
-            self.effects(kind)
-            for kind in self.kinds
-        }  # fmt: skip
+        frames = {}
+        for kind in self.kinds:
+            width, effects = self.width(kind), self.effects(kind)
+            title = titles[kind] + (f", windows of {width}" if width > 1 else "")
+            frames[title] = effects[self._traced(effects.shape[1])]
         return effect_maps(frames, axes)
 
-    def _windowed(self, kind: str) -> bool:
-        return kind != "state" and self.window > 1
+    def _traced(self, n_layers: int) -> list[int]:
+        return list(range(n_layers) if self.layers is None else self.layers)
 
     def __repr__(self) -> str:
         clean = sum(one.clean for one in self.facts) / len(self.facts)
         corrupted = sum(one.corrupted for one in self.facts) / len(self.facts)
         what = self.facts[0].fact.text if len(self.facts) == 1 else f"{len(self.facts)} facts"
+        if self.layers is not None:
+            what += f" in layers {', '.join(map(str, self.layers))}"
         return (
             f"Trace of {what} (noise of {self.noise:g} sigma, {self.samples} samples)\n"
             f"probability of the object: {clean:.2f} clean, {corrupted:.2f} corrupted"
@@ -244,3 +246,24 @@ def checked_kind(kind: str, kinds: Iterable[str]) -> str:
     if kind not in kinds:
         raise MethodError(f"{kind!r} was not traced; traced are {', '.join(kinds)}")
     return kind
+
+
+def averaged(effects: Tensor, seed: int) -> Average:
+    """Effects (facts x places x layers, from `TracedFact.at_places`) as `Trace.average` has them.
+
+    For facts that were traced one by one, with one sigma.
+    """
+    import numpy as np
+
+    each = effects.numpy()
+    present = ~np.isnan(each).all(axis=2)
+    value, low, high = (np.full(each.shape[1:], math.nan) for _ in range(3))
+    for place in range(len(PLACES)):
+        have = each[present[:, place], place]
+        if len(have):
+            value[place] = have.mean(axis=0)
+        if len(have) > 1:
+            drawn = np.random.default_rng(seed).integers(len(have), size=(BOOTSTRAP, len(have)))
+            means = have[drawn].mean(axis=1)
+            low[place], high[place] = np.quantile(means, [0.025, 0.975], axis=0)
+    return Average(value, low, high, tuple(int(count) for count in present.sum(axis=0)))
