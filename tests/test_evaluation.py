@@ -511,7 +511,7 @@ def test_a_batch_gives_what_each_row_gives_alone(
         assert [one.greedy for one in found] == [one.greedy for one in together]
 
 
-def test_rows_that_feed_the_same_tokens_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_which_another_begins_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = bigram_model(KNOWN), words_tokenizer()
     parts = anatomy(model)
     asked = Encoder(tokenizer, parts).continuations(
@@ -526,7 +526,7 @@ def test_rows_that_feed_the_same_tokens_are_run_once(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(model.transformer, "forward", counting)
     found = likelihoods(parts, asked)
-    assert seen == [(2, 4)]
+    assert seen == [(1, 4)], "the prompt is read off the row that goes on with a word of a target"
     np.testing.assert_allclose(
         [math.exp(one.logp) for one in found], [0.5, 0.3, math.sqrt(0.09)], atol=EXACT
     )

@@ -10,8 +10,9 @@ many tokens as the target has would give the target. That is exact, not an appro
 every most probable token along the way is the target's, greedy decoding feeds itself just what
 was fed here; if one is not, greedy decoding leaves the target there.
 
-Rows are batched by length; rows that feed the same tokens (two targets of one token after one
-prompt) are run once; logits are made where a target token is predicted and nowhere else.
+Rows are batched by length; logits are made where a target token is predicted, once, and nowhere
+else. A row with which another one begins is not run by itself, since the model is causal: two
+targets of one prompt share its tokens unless both have several.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from unified_edit.errors import ModelError
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import BATCH_TOKENS, batches_by_length, left_padded
+from unified_edit.model.batching import batches_by_length, forward_tokens, left_padded
 from unified_edit.model.hooks import PLAIN_OUTPUT, quiet
 from unified_edit.model.progress import Progress
 from unified_edit.model.prompts import Row
@@ -56,28 +57,30 @@ def likelihoods(
     asked: Sequence[Row],
     *,
     bar: Progress | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> list[Likelihood]:
     """The likelihood of the target of each row, in the order given, by the model as it is.
 
     Its `logp` is the logarithm of :eq:`fact-target`. Runs in evaluation mode without gradients.
     Logits are made in the model's own precision, log-probabilities in at least float32 and averaged
     in float64. `bar` advances by one for each row; `batch_tokens` bounds the padded tokens
-    of one forward.
+    of one forward (by default, few on a CPU).
 
     Raises ModelError if the model's logits are NaN.
     """
-    of_row: dict[tuple[int, ...], list[int]] = {}
+    hosts = _hosts([one.ids for one in asked])
+    of_host: dict[tuple[int, ...], list[int]] = {}
     for index, one in enumerate(asked):
-        of_row.setdefault(one.ids, []).append(index)
-    rows = list(of_row)
+        of_host.setdefault(hosts[one.ids], []).append(index)
+    rows = list(of_host)
     found: list[Likelihood | None] = [None] * len(asked)
+    at_once = forward_tokens(parts.model.device) if batch_tokens is None else batch_tokens
     with quiet(parts.model):
-        for chosen in batches_by_length([len(row) for row in rows], batch_tokens):
+        for chosen in batches_by_length([len(row) for row in rows], at_once):
             hidden = _final_hidden(parts, [rows[index] for index in chosen])
             members = [(place, index) for place, row in enumerate(chosen)
-                       for index in of_row[rows[row]]]  # fmt: skip
-            for index, value in _read(parts, hidden, members, asked):
+                       for index in of_host[rows[row]]]  # fmt: skip
+            for index, value in _read(parts, hidden, members, asked, [rows[i] for i in chosen]):
                 found[index] = value
             if bar is not None:
                 bar.update(len(members))
@@ -91,12 +94,24 @@ def next_token(parts: Anatomy, rows: Sequence[Row]) -> list[Tensor]:
     Raises ModelError if the model's logits are NaN.
     """
     found: list[Tensor] = [torch.empty(0)] * len(rows)
+    lengths = [len(row.ids) for row in rows]
     with quiet(parts.model):
-        for chosen in batches_by_length([len(row.ids) for row in rows]):
+        for chosen in batches_by_length(lengths, forward_tokens(parts.model.device)):
             last = _final_hidden(parts, [rows[index].ids for index in chosen])[:, -1]
             for place, index in enumerate(chosen):
                 found[index] = log_probabilities(parts, last[place : place + 1])[0].exp().cpu()
     return found
+
+
+def _hosts(rows: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """For each row the one it is read off: a longest one that begins with it, or itself."""
+    hosts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    above: tuple[int, ...] = ()
+    # in this order the rows that begin with a row stand right behind it
+    for row in sorted(set(rows), reverse=True):
+        hosts[row] = hosts.get(above, row) if above[: len(row)] == row else row
+        above = row
+    return hosts
 
 
 def _final_hidden(parts: Anatomy, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -126,26 +141,35 @@ def _read(
     hidden: Tensor,
     members: Sequence[tuple[int, int]],
     asked: Sequence[Row],
+    hosts: Sequence[tuple[int, ...]],
 ) -> Iterable[tuple[int, Likelihood]]:
-    """Read off each member (row of `hidden`, index into `asked`) at its target's positions."""
+    """Read off each member (row of `hidden`, index into `asked`) at its target's positions.
+
+    `hosts`: what was fed in each row; a member's own ids are the beginning of that.
+    """
     width, device = hidden.shape[1], hidden.device
-    places: list[int] = []
-    positions: list[int] = []
+    spots: dict[tuple[int, int], int] = {}  # (row, position) whose logits are needed: its place
+    reads: list[int] = []
     tokens: list[int] = []
     for place, index in members:
         target = asked[index].target
-        places += [place] * len(target)
-        positions += range(width - len(target), width)  # rows are left-padded
+        end = width - len(hosts[place]) + len(asked[index].ids)  # rows are left-padded
+        for position in range(end - len(target), end):
+            reads.append(spots.setdefault((place, position), len(spots)))
         tokens += target
-    wanted = torch.tensor([places, positions, tokens], device=device)
-    logp, hits = [], []
-    for part in wanted.split(POSITIONS, dim=1):
-        found = log_probabilities(parts, hidden[part[0], part[1]])
-        logp.append(found.gather(1, part[2][:, None])[:, 0].cpu().double())
-        hits.append((found.argmax(-1) == part[2]).cpu())
+    at, of, token = (torch.tensor(each, device=device) for each in (list(spots), reads, tokens))
+    logp = torch.empty(len(reads), dtype=torch.float64)
+    hits = torch.empty(len(reads), dtype=torch.bool)
+    for start in range(0, len(at), POSITIONS):
+        some = at[start : start + POSITIONS]
+        found = log_probabilities(parts, hidden[some[:, 0], some[:, 1]])
+        read = ((of >= start) & (of < start + POSITIONS)).nonzero().squeeze(1)
+        row = of[read] - start
+        logp[read.cpu()] = found[row, token[read]].cpu().double()
+        hits[read.cpu()] = (found.argmax(-1)[row] == token[read]).cpu()
     lengths = [len(asked[index].target) for _, index in members]
-    means = [part.mean().item() for part in torch.cat(logp).split(lengths)]
-    greedy = [bool(part.all()) for part in torch.cat(hits).split(lengths)]
+    means = [part.mean().item() for part in logp.split(lengths)]
+    greedy = [bool(part.all()) for part in hits.split(lengths)]
     return [
         (index, Likelihood(mean, hit))
         for (_, index), mean, hit in zip(members, means, greedy, strict=True)
