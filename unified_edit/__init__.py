@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from unified_edit.measuring import (
         ask,
         compare,
+        complete,
         evaluate,
         evaluate_edits,
         figures,
@@ -53,7 +54,7 @@ _FLOORS = {
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
-    "measuring": "ask compare evaluate evaluate_edits load_records locate",
+    "measuring": "ask compare complete evaluate evaluate_edits load_records locate",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

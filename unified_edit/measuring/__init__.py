@@ -3,6 +3,7 @@
 from unified_edit.measuring import figures
 from unified_edit.measuring.asking import ask, compare
 from unified_edit.measuring.evaluation import evaluate, evaluate_edits
+from unified_edit.measuring.generation import Generation, complete, ngram_entropy
 from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
 from unified_edit.measuring.report import Report, to_table
@@ -12,7 +13,7 @@ from unified_edit.measuring.traces import END, FIRST, LAST, PLACES, Average, Tra
 from unified_edit.measuring.tracing import locate, subject_sigma
 
 __all__ = (
-    "END FIRST LAST PLACES Average Prompt Question Report Score Sheet Trace TracedFact ask "
-    "compare evaluate evaluate_edits figures harmonic_mean load_records locate read_prompt "
-    "subject_sigma summarise to_table"
+    "END FIRST LAST PLACES Average Generation Prompt Question Report Score Sheet Trace TracedFact "
+    "ask compare complete evaluate evaluate_edits figures harmonic_mean load_records locate "
+    "ngram_entropy read_prompt subject_sigma summarise to_table"
 ).split()
