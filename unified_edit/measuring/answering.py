@@ -8,9 +8,11 @@ from typing import Any
 from unified_edit.errors import FactError
 from unified_edit.facts import Record
 from unified_edit.measuring.answer_lines import AnswerLines, digest_of
+from unified_edit.measuring.generation import Generation, generated_rows
 from unified_edit.measuring.questions import Sheet
 from unified_edit.measuring.report import Report, report_of
 from unified_edit.measuring.scores import BEFORE, REWRITE
+from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.progress import Progress
 
 #: Why a record does not count with `known_only`.
@@ -24,6 +26,8 @@ class Asking:
     lines: AnswerLines
     known_only: bool
     bar: Progress
+    tokenizer: Tokenizer
+    generate: Generation | None = None
     kept: int = 0
 
     def ask(self, sheet: Sheet, when: str) -> list[tuple[int, Record]]:
@@ -44,7 +48,10 @@ class Asking:
         missing = {given[i][0] for i in counting if not self.lines.has(given[i][0], when)}
         if missing:
             answers: dict[int, list[dict[str, Any]]] = {given[i][0]: [] for i in counting}
-            for row in sheet.rows(when, counting, self.bar):
+            rows = sheet.rows(when, counting, self.bar)
+            if self.generate is not None:
+                rows += generated_rows(sheet, self.tokenizer, when, counting, self.generate)
+            for row in rows:
                 answers[row["record"]].append(row)
             for place in counting:
                 number, record = given[place]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from unified_edit.errors import MethodError, brief
 from unified_edit.facts import Fact, Record, check_batch
 from unified_edit.measuring.answer_lines import AnswerLines
 from unified_edit.measuring.answering import Asking
+from unified_edit.measuring.generation import Generation
 from unified_edit.measuring.questions import Sheet
 from unified_edit.measuring.record_source import GROUP, RecordSource
 from unified_edit.measuring.report import Report
@@ -52,6 +53,7 @@ def evaluate(
     seed: int = 0,
     to: str | os.PathLike[str] | None = None,
     known_only: bool = False,
+    generate: bool | Generation = False,
 ) -> Report:
     """Measure how well the facts of `records` were written into `model`, and what else changed.
 
@@ -69,22 +71,25 @@ def evaluate(
         state. The same call goes on where it was interrupted; `Report.read` reads it at any time.
     known_only: leave out records whose true object the base model does not find more probable than
         the new one at the rewrite prompt, and those without a true object; the report counts them.
+    generate: measure fluency too, the score GE: True, or a `Generation` with settings of its own.
+        It costs a hundred forwards for each of a record's generation prompts.
 
     Raises FactError for no records, none left, or probes named like a score or a kind of prompt,
     TokenizationError for prompts whose target cannot be located, MethodError, ModelError, and
     ReportFileError for a file of something else.
     """
     bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
+    texts = Generation.wanted(generate, seed)
     source = RecordSource(model, tokenizer, records)
     ledger = ledger_of(model)
     states = [BEFORE, AFTER] if ledger.active else [BEFORE]
-    made_from = _made_from(states, seed, known_only)
+    made_from = _made_from(states, seed, known_only, texts)
     if to is not None:
         made_from |= _origin(source, ledger, edits=[edit.id for edit in ledger.active])
     with AnswerLines(made_from, bootstrap=bootstrap, to=to) as lines, quiet(model):
         total = source.total and len(states) * source.total
         with progress("evaluating", total, "target") as bar:
-            asking = Asking(lines, known_only, bar)
+            asking = Asking(lines, known_only, bar, tokenizer, texts)
             for sheet in source.sheets():
                 with ledger.base_state():
                     asking.ask(sheet, BEFORE)
@@ -112,6 +117,7 @@ def evaluate_edits(
     known_only: bool = False,
     on_shared_subject: _SharedSubject = "raise",
     on_conflict: _Conflict = "raise",
+    generate: bool | Generation = False,
 ) -> Report:
     """Edit `batch_size` records at a time into the base model, measure each batch, undo it.
 
@@ -127,7 +133,7 @@ def evaluate_edits(
     to, known_only: as in `evaluate`; batches are made of the records that are left. What is written
         to a file can be gone on with after hours, so values are kept on disk too then, as
         `unified_edit.editing.values_for` does.
-    on_shared_subject, on_conflict: as in `edit`, for each batch.
+    on_shared_subject, on_conflict: as in `edit`, for each batch. generate: as in `evaluate`.
 
     Raises what `edit` and `evaluate` raise; contradictions and shared subjects within any batch of
     a list are found before the work begins, unless `known_only` decides what a batch is.
@@ -147,13 +153,14 @@ def evaluate_edits(
             raise MethodError(f"{name} is {brief(way)}; choose one of {choices}")
         if size > 1 and way != "raise":  # one fact shares nothing and contradicts nothing
             ways[name] = way
+    texts = Generation.wanted(generate, seed)
     source = RecordSource(model, tokenizer, records)
     editor = Editor(model, tokenizer, seed=seed)
     resolved = method.resolve(editor.parts)
     if source.given is not None and not known_only:
         for start in range(0, len(source.given), size):
             _facts_of(resolved, source.given[start : start + size], ways)
-    made_from = _made_from([BEFORE, AFTER], seed, known_only)
+    made_from = _made_from([BEFORE, AFTER], seed, known_only, texts)
     if to is not None:
         made_from |= _origin(
             source,
@@ -173,7 +180,7 @@ def evaluate_edits(
             statistics = statistics_for(model, tokenizer, resolved.layers or ())
         total = source.total and 2 * source.total
         with progress("editing and evaluating", total, "target") as bar:
-            asking = Asking(lines, known_only, bar)
+            asking = Asking(lines, known_only, bar, tokenizer, texts)
             together = not ways and (size == 1 or not resolved.sequential)
             editing = _Editing(editor, resolved, statistics, ways, together, to is not None, asking)
             waiting: list[tuple[int, Record]] = []
@@ -186,11 +193,18 @@ def evaluate_edits(
         return asking.report(source.count, bootstrap)
 
 
-def _made_from(states: Sequence[str], seed: int, known_only: object) -> dict[str, Any]:
+def _made_from(
+    states: Sequence[str], seed: int, known_only: object, texts: Generation | None
+) -> dict[str, Any]:
     """What a report says of itself."""
     if not is_flag(known_only):
         raise MethodError(f"known_only is {brief(known_only)}; it must be True or False")
-    return {"states": list(states), "seed": seed, "known_only": bool(known_only)}
+    return {
+        "states": list(states),
+        "seed": seed,
+        "known_only": bool(known_only),
+        "generate": None if texts is None else asdict(texts),
+    }
 
 
 def _origin(source: RecordSource, ledger: Ledger, **more: Any) -> dict[str, Any]:

@@ -35,7 +35,9 @@ class Report:
     table: one row a (record, when, kind, prompt), a pandas table with the columns
         record: place of the record in the list given; case_id, relation: its own.
         when: "before" (the base model, without any edit) or "after".
-        kind: "rewrite", "paraphrase", "neighbour", or the name of a group of probes.
+        kind: "rewrite", "paraphrase", "neighbour", the name of a group of probes, or "generation"
+            (on request): then magnitude is the entropy of the text, which stands in a last column,
+            text, and there is nothing else to be judged.
         logp_new, logp_true: mean token log-probability of o* and oc; of `expected` and `foil`
             for probes. NaN where there is no oc or foil.
         success: whether the right one is more probable; missing where there is no oc. Probes

@@ -8,6 +8,8 @@ the true object and P as in `unified_edit.model.likelihoods`,
     EM, PM   mean of P[o*] - P[oc];    NM   mean of P[oc] - P[o*]
     S        harmonic mean of ES, PS and NS; 0 if one of them is 0
     GS       share of rewrite prompts after which greedy decoding gives o*
+    GE       mean n-gram entropy of generated text, in bits (`unified_edit.measuring.generation`);
+             measured on request
 
 A tie is a failure. As in their released code (experiments/summarize.py) a score is the mean over
 records of the mean over a record's prompts, so that every record counts the same. Scores are
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 REWRITE, PARAPHRASE, NEIGHBOUR = KINDS = ("rewrite", "paraphrase", "neighbour")
+#: The kind of a prompt behind which text was generated.
+GENERATION = "generation"
 BEFORE, AFTER = "before", "after"
 
 #: Score -> (kind of prompt, column of the table that is averaged); S is made of the first three.
@@ -38,10 +42,11 @@ SCORES = {
     "PM": (PARAPHRASE, "magnitude"),
     "NM": (NEIGHBOUR, "magnitude"),
     "GS": (REWRITE, "generated"),
+    "GE": (GENERATION, "magnitude"),
 }
-_ORDER = ("ES", "PS", "NS", "S", "EM", "PM", "NM", "GS")
+_ORDER = ("ES", "PS", "NS", "S", "EM", "PM", "NM", "GS", "GE")
 #: Names that a group of probes cannot have.
-RESERVED = frozenset({*KINDS, *_ORDER})
+RESERVED = frozenset({*KINDS, GENERATION, *_ORDER})
 
 #: Fewer resamples do not give a 2.5 % quantile.
 LEAST_BOOTSTRAP = 100
@@ -125,7 +130,7 @@ def harmonic_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _groups(table: pd.DataFrame) -> list[str]:
-    return [kind for kind in table["kind"].unique() if kind not in KINDS]
+    return [kind for kind in table["kind"].unique() if kind not in (*KINDS, GENERATION)]
 
 
 def _record_means(table: pd.DataFrame, kind: str, column: str) -> np.ndarray:
