@@ -221,7 +221,7 @@ FAILING = pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(er
     ("where", "at"),
     [
         ("unified_edit.editing.layer_loop.keys_of", 1),
-        ("unified_edit.editing.values.captured", 1),
+        ("unified_edit.editing.prepared.captured", 1),
         ("unified_edit.editing.values.log_probabilities", 6),
         ("unified_edit.editing.layer_loop.solve", 2),
         ("unified_edit.editing.layer_loop.likelihoods", 1),
