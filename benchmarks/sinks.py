@@ -139,7 +139,7 @@ def main() -> None:
     facts = [f"{fact.text} -> {fact.target_new}" for fact in FACTS]
     for path, result in (
         (given.out, {**about, "facts": facts, "layers": layers}),
-        (given.spectra, {**about, "eigenvalues of C0, descending": spectra}),
+        (given.spectra, {**about, "layers": layers, "eigenvalues of C0, descending": spectra}),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
