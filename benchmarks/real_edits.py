@@ -1,11 +1,13 @@
 """A hundred real edits: ROME, EMMET, MEMIT and fine-tuning on SmolLM2, singly and in batches.
 
+    python benchmarks/real_edits.py choose --rows _build/real_edits
     python benchmarks/real_edits.py measure --rows _build/real_edits
     python benchmarks/real_edits.py summarise --rows _build/real_edits --out book/data/NAME.json
 
 The facts are records 0 to 99 of "counterfact-250" (0 to 249 for the batch of 250), all of them,
 with both paraphrases and all ten neighbours. Layer, clamp and lam were chosen on records 150 to 249
-(suggest_smollm2.py). Each condition and seed (of the sampled contexts) writes its answers to a file
+(suggest_smollm2.py, and `choose`: which of the layers that it found alike is best for a batch of 32
+of them). Each condition and seed (of the sampled contexts) writes its answers to a file
 of its own; what is there is not measured again. C0 is that of the cache.
 """
 
@@ -37,6 +39,7 @@ from unified_edit.statistics import statistics_for
 log = logging.getLogger("real_edits")
 
 AT_ONCE = 16
+FINALISTS = (0, 3, 4)
 LAYER, LAYERS = 3, (1, 2, 3)
 ONE = ue.EMMET.replace(layers=(LAYER,), clamp=0.75)
 SPREAD = ue.MEMIT.replace(layers=LAYERS, clamp=0.75, ridge=1000.0)
@@ -80,7 +83,7 @@ CONDITIONS = tuple(_conditions())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["measure", "summarise"])
+    parser.add_argument("what", choices=["choose", "measure", "summarise"])
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", default="0/1", help="measure: this of so many parts, 0/2")
@@ -89,9 +92,33 @@ def main() -> None:
     if arguments.what == "measure":
         part, parts = map(int, arguments.part.split("/"))
         measure(arguments.rows, part, parts)
+    elif arguments.what == "choose":
+        choose(arguments.rows)
     else:
         summarised = summary(arguments.rows)
         arguments.out.write_text(json.dumps(summarised, indent=1) + "\n", encoding="utf-8")
+
+
+def choose(folder: Path) -> None:
+    """The equality for 32 facts at once, at each layer that a sweep of single edits left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = ue.load_model("smollm2")
+    records = ue.load_records("counterfact-250")[150:182]
+    statistics = statistics_for(model, tokenizer, FINALISTS)
+    for layer in FINALISTS:
+        path = folder / f"choose-{layer}.json"
+        if not path.exists():
+            facts = [record.fact for record in records]
+            edit = made(
+                model, tokenizer, facts, ONE.replace(layers=(layer,)), statistics, seed=0
+            )  # fmt: skip
+            with edit.applied():
+                rows = Sheet.of(model, tokenizer, records).rows(AFTER, range(len(records)))
+            norm = float(edit.delta(layer).norm())
+            kept = {"layer": layer, "norm_of_last_delta": [norm], "rows": rows}
+            path.write_text(json.dumps(kept, default=str), encoding="utf-8")
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        log.info("layer %d: %s", layer, scores(pd.DataFrame(kept["rows"])))
 
 
 def measure(folder: Path, part: int, parts: int) -> None:
