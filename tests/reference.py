@@ -396,6 +396,46 @@ def value(
     return Value(delta.detach(), target_init, losses, len(losses))
 
 
+def merged_value(
+    model: Any, tokenizer: Any, facts: Sequence[tuple[str, str, str]],
+    contexts: Sequence[str], layer: int, site: str = "block",
+    steps: int = 20, lr: float = 0.5, clamp: float = 0.75, weight_decay: float = 0.5,
+    kl_weight: float = 0.0625, stop_loss: float = 0.05,
+) -> Value:  # fmt: skip
+    """One v* for all facts (template, subject, target) of a subject (MEMIT-Merge, 2502.07322).
+
+    One delta, by the loop of `value`: its loss is the mean of the facts' target terms, the KL term
+    (one subject has one KL prompt) and the decay. target_init is the mean of the facts'.
+    """
+    inits = [site_value(model, tokenizer, template, subject, layer, site)
+             for template, subject, _ in facts]  # fmt: skip
+    target_init = torch.stack(inits).mean(dim=0)
+    delta = torch.zeros_like(target_init).requires_grad_()
+    adam = torch.optim.Adam([delta], lr=lr)
+    losses: list[float] = []
+    for step in range(steps):
+        targets, kls = [], []
+        for template, subject, target in facts:
+            terms = value_loss(
+                model, tokenizer, template, subject, target, contexts, layer, site, delta,
+                weight_decay, kl_weight,
+            )  # fmt: skip
+            targets.append(terms[0])
+            kls.append(terms[1])
+        decay = weight_decay * delta.norm() / target_init.norm() ** 2
+        loss = torch.stack(targets).mean() + kls[0] + decay
+        losses.append(loss.item())
+        if losses[-1] < stop_loss or step == steps - 1:
+            break
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        adam.step()
+        with torch.no_grad():
+            largest = clamp * target_init.norm()
+            if delta.norm() > largest:
+                delta.mul_(largest / delta.norm())
+    return Value(delta.detach(), target_init, losses, len(losses))
+
+
 # --------------------------------------------------------------------------- whole edits
 
 Fact = tuple[str, str, str]  # template with {}, subject, target without its leading blank
@@ -438,6 +478,36 @@ def edit_deltas_multi_layer(
                 rs.append(z - site_value(model, tokenizer, template, subject, last, site))
             K = torch.stack(ks, dim=1)
             R = torch.stack(rs, dim=1) / divisor(len(layers) - i)
+            edits[layer] = LayerEdit(K, R, solve(C0[layer], K, R))
+            add_to_weight(model, layer, edits[layer].delta)
+    return edits
+
+
+def edit_deltas_merged(
+    model: Any, tokenizer: Any, groups: Sequence[Sequence[Fact]], layers: Sequence[int],
+    C0: Mapping[int, Tensor], solve: Solver, contexts: Sequence[str],
+    mean: str = "typed", site: str = "block", divisor: Callable[[int], float] = float, **loop: Any,
+) -> dict[int, LayerEdit]:  # fmt: skip
+    """`edit_deltas_multi_layer` with one value, one key and one residual for each of the groups.
+
+    The key of a group is the mean of its facts' keys, its residual z minus the mean of their h.
+    """
+    layers = sorted(layers)
+    last = layers[-1]
+    zs = [merged_value(model, tokenizer, group, contexts, last, site, **loop).z for group in groups]
+    edits: dict[int, LayerEdit] = {}
+    with edited(model, {}, layers):
+        for i, layer in enumerate(layers):
+            columns_of_K, columns_of_R = [], []
+            for group, z in zip(groups, zs, strict=True):
+                ks, hs = [], []
+                for template, subject, _ in group:
+                    ks.append(key(model, tokenizer, template, subject, contexts, layer, mean))
+                    hs.append(site_value(model, tokenizer, template, subject, last, site))
+                columns_of_K.append(sum(ks) / len(group))
+                columns_of_R.append(z - sum(hs) / len(group))
+            K = torch.stack(columns_of_K, dim=1)
+            R = torch.stack(columns_of_R, dim=1) / divisor(len(layers) - i)
             edits[layer] = LayerEdit(K, R, solve(C0[layer], K, R))
             add_to_weight(model, layer, edits[layer].delta)
     return edits

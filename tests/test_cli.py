@@ -169,6 +169,7 @@ def test_version(capsys):
         (["evaluate", "--batch-size", "3"], "--batch-size is of use with --method only"),
         (["evaluate", "--edit", "e", "--layers", "0"], "--layers is of use with --method only"),
         (["evaluate", "--on-conflict", "last"], "--on-conflict is of use with --method only"),
+        (["edit", "--out", "x", *SINGLE, "--on-shared-subject", "mix"], "invalid choice: 'mix'"),
         (["evaluate", "--out", "same", "--table", "same"], "the same file"),
         (["evaluate", "--to", "same", "--table", "same"], "the same file"),
         (["statistics", "--out", "x"], "--layers"),
@@ -563,6 +564,31 @@ def test_hints_say_the_options(run, out):
     _, err = run(*EDIT, "--facts", twice, "--out", out, code=1)
     assert "share the subject" in err
     assert "--ridge" in err.splitlines()[-1]
+    assert "--on-shared-subject merge" in err.splitlines()[-1]
+    other = {**FACTS[0], "target_new": "Vienna"}
+    twice.write_text("\n".join(map(json.dumps, [FACTS[0], other])), encoding="utf-8")
+    _, err = run(*EDIT, "--facts", twice, "--out", out, code=1)
+    assert err.splitlines()[-1] == "hint: the last one wins with --on-conflict last"
+
+
+def test_facts_of_one_subject_and_contradictions(run, out):
+    facts = out.parent.parent / "shared.jsonl"
+    other = {"prompt": "{} was made in", "subject": SUBJECT, "target_new": "Paris"}
+    first = {**FACTS[0], "target_new": "Vienna"}
+    given = [first, FACTS[0], other]
+    facts.write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
+    options = (*EDIT, "--facts", facts, "--out", out, "--on-conflict", "last")
+    text, err = run(*options, "--on-shared-subject", "merge", "--json")
+    saved = ue.Edit.load(out)
+    assert saved.columns == (0, 0)
+    assert [fact.target_new for fact in saved.facts] == [FACTS[0]["target_new"], "Paris"]
+    document = json.loads(text)
+    assert document["on_shared_subject"] == "merge"
+    assert document["id"] == saved.id
+    assert "warning: fact 0" in err and "the last one wins" in err
+    assert "have one value" in err
+    run(*options, "--on-shared-subject", "split", "--force")
+    assert ue.Edit.load(out).columns == (0, 1)
 
 
 @pytest.mark.parametrize("command", ["edit", "statistics", "evaluate"])

@@ -16,8 +16,16 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from unified_edit.errors import ContradictionError, FactError, FactFileError
-from unified_edit.facts.batches import check_batch, check_items, shared_subjects
+from unified_edit.errors import ContradictionError, FactError, FactFileError, MethodError
+from unified_edit.facts.batches import (
+    check_batch,
+    check_items,
+    members_of,
+    settle,
+    shared_subjects,
+    subject_batches,
+    subject_columns,
+)
 from unified_edit.facts.facts import Fact, Probe, Record
 from unified_edit.facts.readers import read_facts, read_records
 
@@ -330,6 +338,37 @@ def test_shared_subjects() -> None:
     ]
     assert shared_subjects(facts) == [(0, 2), (0, 4), (2, 3), (2, 4), (3, 4)]
     assert shared_subjects([]) == []
+    assert subject_columns(facts) == (0, 1, 0, 0, 0, 2)
+    assert subject_batches(facts) == [[0, 1, 3, 5], [2], [4]]
+    assert subject_columns([]) == ()
+    assert subject_batches([]) == []
+    # one text twice is no pair: whether its facts go together is decided elsewhere
+    twice = [Fact("{} is in", "The Louvre", "a"), Fact("{} is in", "The Louvre", "b")]
+    assert subject_columns(twice) == (0, 1)
+    assert subject_batches(twice) == [[0, 1]]
+    assert members_of((0, 1, 0, 2)) == [[0, 2], [1], [3]]
+    message(FactError, lambda: subject_columns([TOWER, None]), "item 1", "NoneType")  # type: ignore[list-item]
+    message(FactError, lambda: subject_batches([None]), "item 0", "NoneType")  # type: ignore[list-item]
+
+
+def test_the_last_of_contradicting_facts_wins() -> None:
+    """As if those that it overrules had not been batch, wherever they stand."""
+    louvre = Fact("{} is in", "The Louvre", "Oslo")
+    oslo, rome = replace(TOWER, target_new="Oslo", target_true=None), TOWER
+    assert settle([rome, louvre], "last") == ([rome, louvre], [])
+    for batch, wanted, overruled in (
+        ([rome, louvre, oslo], [louvre, oslo], [(0, 2)]),
+        ([rome, oslo, louvre, rome], [rome, louvre], [(1, 3)]),
+        ([oslo, rome, oslo, louvre, rome], [rome, louvre], [(0, 4), (2, 4)]),
+    ):
+        kept, notes = settle(batch, "last")
+        assert kept == wanted == check_batch(batch, "last")
+        assert len(notes) == len(overruled)
+        for note, (lost, won) in zip(notes, overruled, strict=True):
+            assert note.startswith(f"fact {lost}, {batch[lost]}, is not written")
+            assert f"fact {won}, {batch[won]}" in note
+        message(ContradictionError, lambda batch=batch: check_batch(batch), "on_conflict='last'")
+    message(MethodError, lambda: check_batch([rome], "first"), "'first'", "('raise', 'last')")  # type: ignore[arg-type]
 
 
 # --- files of facts --------------------------------------------------------------------------

@@ -24,10 +24,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import (
+    ContradictionError,
     InfeasibleError,
     MethodError,
     SharedSubjectError,
@@ -35,6 +36,7 @@ from unified_edit.errors import (
     StatisticsFileError,
     UnifiedEditError,
 )
+from unified_edit.facts import Conflict, SharedSubject
 
 PROGRAM = "python -m unified_edit"
 OK, FAILED = 0, 1
@@ -141,12 +143,6 @@ def _evaluate(made: argparse.ArgumentParser) -> None:
                       help="a saved edit; may be given several times, in order")
     made.add_argument("--batch-size", type=_whole(1), metavar="N",
                       help="with --method: records edited together (default: 1)")
-    made.add_argument("--on-shared-subject", choices=("raise", "merge", "split"),
-                      help="with --method: facts of a batch about one subject are refused (the "
-                      "default), get one value, or are written one after another")
-    made.add_argument("--on-conflict", choices=("raise", "last"),
-                      help="with --method: facts of a batch that contradict each other are refused "
-                      "(the default), or the last one wins")
     made.add_argument("--known-only", action="store_true",
                       help="leave out records whose true object the model does not prefer before")
     made.add_argument("--to", type=_path, metavar="FILE",
@@ -224,6 +220,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--statistics", type=_path, metavar="FILE",
                        help="C0 of these layers, made by the command statistics (default: from "
                        "the cache, or collected from the model's default corpus and kept)")
+    group.add_argument("--on-shared-subject", choices=get_args(SharedSubject),
+                       help="facts about one subject in a batch: refuse them where the method is "
+                       "an equality (the default), find one value for all of them, or write them "
+                       "in consecutive batches")
+    group.add_argument("--on-conflict", choices=get_args(Conflict),
+                       help="facts with the same prompt and subject and different targets: refuse "
+                       "them (the default), or take the last one")
     saved = argparse.ArgumentParser(**plain)
     saved.add_argument("--force", action="store_true",
                        help="replace files that are there already")
@@ -255,8 +258,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _hint(problem: UnifiedEditError) -> str | None:
     """The options that stand for what a message of the library says in terms of Python."""
+    if isinstance(problem, ContradictionError):
+        return "the last one wins with --on-conflict last"
     if isinstance(problem, (InfeasibleError, SharedSubjectError)):
-        return "a method with a ridge is --method MEMIT, or --ridge LAM"
+        ways = "; facts about one subject: --on-shared-subject merge, or split"
+        shared = ways if isinstance(problem, SharedSubjectError) else ""
+        return f"a method with a ridge is --method MEMIT, or --ridge LAM{shared}"
     if isinstance(problem, MethodError):
         return "these settings are --layers and --ridge"
     if isinstance(problem, StatisticsError) and not isinstance(problem, StatisticsFileError):

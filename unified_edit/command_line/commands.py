@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 _KEYS = {"first loss": "first_loss", "last loss": "last_loss", "|delta|/|v0|": "relative_norm"}
 
 
+#: Options about facts that do not go together.
+_WAYS = ("on_shared_subject", "on_conflict")
+
+
 @dataclass(frozen=True)
 class Result:
     """What a command found: a JSON-able document, and the same for people."""
@@ -76,7 +80,7 @@ def run_edit(args: Namespace) -> Result:
         check_place(args.peft, folder=True)
     statistics = _statistics(args)
     model, tokenizer = _model(args)
-    made = edit(model, tokenizer, facts, method, statistics=statistics, seed=seed)
+    made = edit(model, tokenizer, facts, method, statistics=statistics, seed=seed, **_ways(args))
     made.save(args.out)
     if args.peft is not None:
         made.to_peft(args.peft)
@@ -87,6 +91,7 @@ def run_edit(args: Namespace) -> Result:
         **_about(args, model),
         "method": made.method.to_dict(),
         "seed": seed,
+        "on_shared_subject": made.provenance.on_shared_subject,
         "id": made.id,
         "facts": [asdict(fact) | row for fact, row in zip(made.facts, outcomes, strict=True)],
         "layers": layers,
@@ -106,8 +111,7 @@ def run_edit(args: Namespace) -> Result:
 def run_evaluate(args: Namespace) -> Result:
     """Scores on records: of a method, of a saved edit, or of the model alone."""
     if args.method is None:
-        own = ("layers", "ridge", "statistics", "batch_size", "on_shared_subject", "on_conflict")
-        for name in own:
+        for name in ("layers", "ridge", "statistics", "batch_size", *_WAYS):
             if getattr(args, name) is not None:
                 args.parser.error(f"--{name.replace('_', '-')} is of use with --method only")
     places = [path for path in (args.to, args.table, args.out) if path is not None]
@@ -126,10 +130,9 @@ def run_evaluate(args: Namespace) -> Result:
     if method is not None:
         method = method.resolve(model)
         report = evaluate_edits(
-            model, tokenizer, records, method, batch_size=size, statistics=statistics, seed=seed,
-            to=args.to, known_only=args.known_only,
-            on_shared_subject=args.on_shared_subject or "raise",
-            on_conflict=args.on_conflict or "raise",
+            model, tokenizer, records, method,
+            batch_size=size, statistics=statistics, seed=seed,
+            to=args.to, known_only=args.known_only, **_ways(args),
         )  # fmt: skip
     else:
         written = {(fact.text, fact.target_new) for one in edits for fact in one.facts}
@@ -234,6 +237,10 @@ def _method(args: Namespace) -> Method:
     given = {name: getattr(args, name) for name in ("layers", "ridge")}
     changes = {name: value for name, value in given.items() if value is not None}
     return METHODS[args.method].replace(**changes)
+
+
+def _ways(args: Namespace) -> dict[str, Any]:
+    return {name: value for name in _WAYS if (value := getattr(args, name)) is not None}
 
 
 def _statistics(args: Namespace) -> KeyStatistics | None:

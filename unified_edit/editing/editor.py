@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 
-import torch
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
-from unified_edit.editing.layer_loop import Written, not_taken, outcomes_of, write
+from unified_edit.editing.layer_loop import (
+    Written,
+    keys_by_column,
+    lost_again,
+    not_taken,
+    outcomes_of,
+    write,
+)
 from unified_edit.editing.methods import EMMET, Method
-from unified_edit.editing.plans import Plan, check_room, check_value_is_read, checked_values
+from unified_edit.editing.plans import (
+    Plan,
+    check_room,
+    check_statistics,
+    check_value_is_read,
+    checked_values,
+    columns_of,
+    turns_of,
+)
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
 from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched, merged
 from unified_edit.editing.values import Values, compute_values
-from unified_edit.errors import MethodError, NullSpaceError, StatisticsError
-from unified_edit.facts import Fact, check_batch, check_items
-from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer, anatomy
+from unified_edit.errors import MethodError, NullSpaceError
+from unified_edit.facts import Conflict, Fact, SharedSubject, check_items, check_ways, settle
+from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import Ledger, ledger_of
@@ -44,7 +58,7 @@ class Editor:
     >>> editor = Editor(model, tokenizer, method=ue.EMMET)      # doctest: +SKIP
     >>> editor.edit([fact]); editor.active; editor.reset()      # doctest: +SKIP
 
-    method, statistics, seed: used where `edit` is given none.
+    method, statistics, seed, on_shared_subject, on_conflict: used where `edit` is given none.
     """
 
     def __init__(
@@ -55,11 +69,15 @@ class Editor:
         method: Method = EMMET,
         statistics: KeyStatistics | None = None,
         seed: int = 0,
+        on_shared_subject: SharedSubject = "raise",
+        on_conflict: Conflict = "raise",
     ) -> None:
+        check_ways(on_shared_subject, on_conflict)
         self.ledger: Ledger = ledger_of(model)
         self.memory: Memory = memory_of(model)
         self.tokenizer, self.method, self.seed = tokenizer, method, seed
         self.statistics = statistics
+        self.on_shared_subject, self.on_conflict = on_shared_subject, on_conflict
 
     @property
     def model(self) -> PreTrainedModel:
@@ -104,12 +122,18 @@ class Editor:
         *,
         seed: int | None = None,
         batch: bool = True,
+        on_shared_subject: SharedSubject | None = None,
+        on_conflict: Conflict | None = None,
     ) -> Plan:
         """Check everything that can be checked before any work is done, and tokenise the facts.
 
         batch: whether the facts are written together. Raises what `edit` raises.
         """
-        items = check_batch(facts) if batch else check_items(facts)
+        way = self.on_shared_subject if on_shared_subject is None else on_shared_subject
+        conflict = self.on_conflict if on_conflict is None else on_conflict
+        check_ways(way, conflict)
+        whole = batch or way == "merge"
+        items, notes = settle(facts, conflict) if whole else (check_items(facts), [])
         method = self.method if method is None else method
         if not isinstance(method, Method):
             raise MethodError(
@@ -122,11 +146,14 @@ class Editor:
         state = self.ledger.state()  # looks for NaN too, where the weights are new
         check_value_is_read(parts, items, resolved)
         weights = tuple(parts.weight(layer) for layer in resolved.layers)
-        if batch and not resolved.sequential:
-            check_room(resolved, items, weights)
+        columns = columns_of(items, way)
+        turns = turns_of(resolved, items, columns, way)
+        if batch:
+            for turn in turns:
+                check_room(resolved, len({columns[place] for place in turn}), weights)
         encoder = Encoder(self.tokenizer, parts)
         rows = encoder.fact_rows(items, self.prefixes(resolved.contexts, seed))
-        return Plan(resolved, rows, weights, state)
+        return Plan(resolved, rows, weights, state, columns, turns, tuple(notes), way)
 
     def edit(
         self,
@@ -137,35 +164,37 @@ class Editor:
         values: Values | None = None,
         seed: int | None = None,
         apply: bool = True,
+        on_shared_subject: SharedSubject | None = None,
+        on_conflict: Conflict | None = None,
     ) -> Edit:
         """`unified_edit.edit` on this model."""
         with quiet(self.model):
-            plan = self.plan(facts, method, seed=seed)
-            parts, sequential = self.parts, plan.method.sequential and len(plan.facts) > 1
+            plan = self.plan(
+                facts,
+                method,
+                seed=seed,
+                on_shared_subject=on_shared_subject,
+                on_conflict=on_conflict,
+            )
+            parts = self.parts
             if values is not None:
-                if sequential:
-                    raise MethodError(
-                        f"{plan.method.name} writes facts one after another, each on the model "
-                        "edited so far, so values cannot be given for several; leave values out"
-                    )
                 values = checked_values(values, plan)
             statistics = self.statistics if statistics is None else statistics
             if statistics is not None:
-                self._check_statistics(statistics, plan.weights)
+                check_statistics(statistics, self.ledger, plan.weights)
             for weight in plan.weights:
                 self.ledger.probe(weight, plan.method.site(parts, weight.layer))
             if statistics is None:  # last, because it may take hours
                 statistics = statistics_for(self.model, self.tokenizer, plan.layers)
-                self._check_statistics(statistics, plan.weights)
+                check_statistics(statistics, self.ledger, plan.weights)
             before = likelihoods(parts, plan.rows.bare)
-            plans = [plan.of(i) for i in range(len(plan.facts))] if sequential else [plan]
             try:
-                made = write(parts, self.ledger, plans, statistics, values)
+                made = write(parts, self.ledger, plan, statistics, values)
             except NullSpaceError as problem:
                 if statistics.source.shrinkage:
                     raise
                 statistics = self._shrunk(statistics)
-                made = write(parts, self.ledger, plans, statistics, values)
+                made = write(parts, self.ledger, plan, statistics, values)
                 made.warnings.insert(0, f"{problem}. C0 was shrunk by {SHRINKAGE:g} for this edit")
             outcomes = outcomes_of(plan, made, before)
             edit = self._finish(plan, made, outcomes, statistics, seed)
@@ -179,27 +208,14 @@ class Editor:
         method: Method | None = None,
         *,
         seed: int | None = None,
+        on_shared_subject: SharedSubject | None = None,
     ) -> Values:
         """`unified_edit.optimise_values` on this model."""
         with quiet(self.model):
-            plan = self.plan(facts, method, seed=seed, batch=False)
-            return compute_values(self.parts, plan.rows, plan.method, plan.conditions)
-
-    def _check_statistics(self, statistics: KeyStatistics, weights: Sequence[NamedWeight]) -> None:
-        """Raise StatisticsError unless the statistics are this model's and hold all its layers."""
-        if not isinstance(statistics, KeyStatistics):
-            raise StatisticsError(
-                f"statistics is a {type(statistics).__name__}; give a KeyStatistics, from "
-                "KeyStatistics.collect or KeyStatistics.load, or nothing"
+            plan = self.plan(
+                facts, method, seed=seed, batch=False, on_shared_subject=on_shared_subject
             )
-        statistics.check_model(self.ledger.fingerprint(), self.parts.name)
-        for weight in weights:
-            dim = statistics.metric(weight.layer).dim
-            if dim != weight.d_in:
-                raise StatisticsError(
-                    f"C0 of layer {weight.layer} has {dim} rows, but the model's "
-                    f"keys have {weight.d_in} entries; collect the statistics again"
-                )
+            return compute_values(self.parts, plan.rows, plan.method, plan.conditions, plan.columns)
 
     def _shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
         """The statistics with C0 made invertible everywhere; kept, as it costs a factor."""
@@ -230,14 +246,16 @@ class Editor:
             )
             for weight in plan.weights
         }
-        warnings = made.warnings + not_taken(plan.facts, outcomes)
+        lost = lost_again(plan, made)
+        warnings = [*plan.notes, *made.warnings, *lost, *not_taken(plan.facts, outcomes)]
         for warning in warnings:
             log.warning("%s", warning)
         return Edit(
             facts=plan.facts,
             method=plan.method,
             updates=updates,
-            keys={name: torch.cat(each, dim=1) for name, each in made.keys.items()},
+            keys=keys_by_column(plan, made),
+            columns=plan.columns,
             outcomes=outcomes,
             provenance=Provenance(
                 fingerprint=ledger.fingerprint(),
@@ -250,6 +268,7 @@ class Editor:
                 weights=weights,
                 statistics=asdict(statistics.source),
                 origin=self.parts.origin,
+                on_shared_subject=plan.on_shared_subject,
             ),
             warnings=tuple(warnings),
         ).bound_to(self.model)
@@ -265,6 +284,8 @@ def edit(
     values: Values | None = None,
     seed: int = 0,
     apply: bool = True,
+    on_shared_subject: SharedSubject = "raise",
+    on_conflict: Conflict = "raise",
 ) -> Edit:
     """Write facts into the model; return the `Edit`, which can be undone, saved and exported.
 
@@ -276,9 +297,16 @@ def edit(
         collected from the model's default corpus and kept. Where the keys of the facts reach into
         directions that no preserved key has, C0 is shrunk, and the edit says so.
     values: targets from `optimise_values` for the same method, seed and state of the model;
-        optimised here if not given.
+        optimised here if not given. Not for facts that are written in several turns.
     seed: of the sampled prefixes.
     apply: with False the model stays as it was; look at the edit, then ``edit.apply()``.
+    on_shared_subject: "raise": an equality refuses facts about one subject, whose keys are nearly
+        the same, and with a ridge the edit warns of them. "merge": one value for all facts of a
+        subject, written at the mean of their keys (MEMIT-Merge, arXiv 2502.07322). "split": as few
+        batches as are needed to have no subject twice in one, each with values found on the model
+        edited so far, as one edit; facts that a later batch destroys are named in a warning.
+    on_conflict: of facts with the same prompt and subject and different targets: "raise", or the
+        "last" one wins, which the edit says.
 
     Facts whose target is not the likeliest continuation of their prompt afterwards are counted in
     a warning; `Edit.table` shows the probability of each before and after.
@@ -287,9 +315,10 @@ def edit(
     cannot be edited together, MethodError, ModelError, StatisticsError, InfeasibleError, EditError
     for what their names say. On any failure every weight, flag and hook is as it was.
     """
-    return Editor(model, tokenizer, seed=seed).edit(
-        facts, method, statistics=statistics, values=values, apply=apply
+    editor = Editor(
+        model, tokenizer, seed=seed, on_shared_subject=on_shared_subject, on_conflict=on_conflict
     )
+    return editor.edit(facts, method, statistics=statistics, values=values, apply=apply)
 
 
 def optimise_values(
@@ -299,11 +328,15 @@ def optimise_values(
     method: Method = EMMET,
     *,
     seed: int = 0,
+    on_shared_subject: SharedSubject = "raise",
 ) -> Values:
     """The values v* of facts on the model as it is: the slow part of `edit`, to be reused.
 
     Values do not depend on the other facts of a batch, so those of many facts can be optimised
     once and then edited singly, in batches, or by other methods with the same site, layer and
-    contexts. Raises what `edit` raises.
+    contexts. With `on_shared_subject` "merge" the facts of a subject have one value, which serves
+    them all together and no other selection of them. Raises what `edit` raises.
     """
-    return Editor(model, tokenizer, seed=seed).optimise_values(facts, method)
+    return Editor(model, tokenizer, seed=seed).optimise_values(
+        facts, method, on_shared_subject=on_shared_subject
+    )

@@ -45,9 +45,10 @@ FORMAT = "unified_edit.edit/2"
 class Edit:
     """One edit of a model, made by `unified_edit.edit` or read by `Edit.load`.
 
-    updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x E)}, the keys that the
-    update was solved for. outcomes: one `Outcome` a fact. warnings: what a user should know about
-    this edit.
+    updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, the keys
+    that the update was solved for. columns: for each fact its column there, one of its own unless
+    facts of one subject were merged. outcomes: one `Outcome` a fact. warnings: what a user should
+    know about this edit.
     """
 
     facts: tuple[Fact, ...]
@@ -57,7 +58,12 @@ class Edit:
     outcomes: tuple[Outcome, ...]
     provenance: Provenance
     warnings: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
     _model: weakref.ref[PreTrainedModel] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(range(len(self.facts))))
 
     @cached_property
     def id(self) -> str:
@@ -217,7 +223,7 @@ class Edit:
     # -- on disk ------------------------------------------------------------------------------
 
     def _description(self) -> dict[str, Any]:
-        return {
+        described: dict[str, Any] = {
             "facts": [asdict(fact) for fact in self.facts],
             "method": self.method.to_dict(),
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
@@ -225,6 +231,12 @@ class Edit:
             "provenance": asdict(self.provenance),
             "warnings": list(self.warnings),
         }
+        # where nothing was merged or split, as before there was a choice: edits keep their ids
+        if described["provenance"]["on_shared_subject"] == "raise":
+            del described["provenance"]["on_shared_subject"]
+        else:
+            described["columns"] = list(self.columns)
+        return described
 
     def save(self, path: str | Path) -> None:
         """Write the edit as a safetensors file: factors, keys, facts, method and provenance.
@@ -268,6 +280,7 @@ class Edit:
                     **{**meta["provenance"], "weights": weights, "prefixes": prefixes}
                 ),
                 warnings=tuple(meta["warnings"]),
+                columns=tuple(meta.get("columns", ())),
             )
             edit._check_complete()
         except (AttributeError, LookupError, TypeError, ValueError, UnifiedEditError) as problem:
@@ -281,10 +294,13 @@ class Edit:
         """Raise ValueError unless the parts of an edit that was read belong together."""
         if not self.facts or len(self.facts) != len(self.outcomes):
             raise ValueError(f"{len(self.facts)} facts and {len(self.outcomes)} outcomes")
+        wide = len(set(self.columns))
+        if sorted(set(self.columns)) != list(range(wide)) or len(self.columns) != len(self.facts):
+            raise ValueError(f"columns {self.columns} for {len(self.facts)} facts")
         if not self.updates or set(self.provenance.weights) != set(self.updates):
             raise ValueError(f"Delta of {set(self.updates)}, hashes of {self.provenance.weights}")
         for name, update in self.updates.items():
-            shape = (update.right.shape[1], len(self.facts))
+            shape = (update.right.shape[1], wide)
             if tuple(self.keys[name].shape) != shape:
                 raise ValueError(f"keys of {name} are {tuple(self.keys[name].shape)}, not {shape}")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unified_edit.editing.choices import Choice, chosen
 from unified_edit.errors import MethodError
-from unified_edit.facts import Fact
+from unified_edit.facts import Fact, members_of
 from unified_edit.model.anatomy import Anatomy, Tokenizer
 from unified_edit.model.hooks import quiet, read_last_token
 from unified_edit.model.prompts import Encoder, FactRows
@@ -82,6 +82,20 @@ def values_at(parts: Anatomy, rows: FactRows, layer: int, site: str | Choice) ->
     with quiet(parts.model):
         found = read_last_token(parts.model, texts, {"site": (module, "output")})
     return found["site"].double().cpu().T
+
+
+def column_means(of_facts: Tensor, columns: Sequence[int]) -> Tensor:
+    """(d x facts) -> (d x columns): the mean over the facts of each column.
+
+    columns: for each fact the number of its column. Where every fact has its own it is the same.
+    """
+    members = members_of(columns)
+    if len(members) == len(columns):
+        return of_facts
+    means = [
+        of_facts[:, one].mean(dim=1) if len(one) > 1 else of_facts[:, one[0]] for one in members
+    ]
+    return torch.stack(means, dim=1)
 
 
 def compute_keys(

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from unified_edit.editing.keys import keys_of, values_at
+from unified_edit.editing.keys import column_means, keys_of, values_at
 from unified_edit.editing.methods import Method
-from unified_edit.editing.plans import Plan, check_subjects
+from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
 from unified_edit.editing.provenance import Outcome
 from unified_edit.editing.spreading import shares
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.errors import EditError
-from unified_edit.facts import Fact
+from unified_edit.facts import Fact, shared_subjects
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.ledger import Ledger
 from unified_edit.model.likelihoods import Likelihood, likelihoods
@@ -26,37 +27,41 @@ from unified_edit.statistics import KeyStatistics
 class Written:
     """What came of writing some facts, in order.
 
-    updates, keys: by name of a weight, one for each plan. after: the likelihood of each target with
-    all of them.
+    updates, keys: by name of a weight, one for each turn. after: the likelihood of each target with
+    all of them. took: whether greedy decoding gave it after its own turn, if that was asked.
     """
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
     keys: dict[str, list[Tensor]] = field(default_factory=dict)
     values: list[Values] = field(default_factory=list)
     after: list[Likelihood] = field(default_factory=list)
+    took: list[bool] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def write(
     parts: Anatomy,
     ledger: Ledger,
-    plans: Sequence[Plan],
+    plan: Plan,
     statistics: KeyStatistics,
     values: Values | None,
 ) -> Written:
-    """Solve for the updates of each plan in turn, on the model as edited so far.
+    """Solve for the updates of each turn of a plan, on the model as edited so far.
 
-    statistics: of the keys to preserve. values: those of a single plan, if they are known. The
-    model is as before when it is done.
+    statistics: of the keys to preserve. values: those of a plan with one turn, if they are known.
+    The model is as before when it is done.
 
     Raises what `feasible`, `solve` and `compute_values` raise.
     """
     made = Written()
+    turns = [plan.of(turn) for turn in plan.turns]
+    watched = plan.on_shared_subject == "split" and bool(shared_subjects(plan.facts))
     with ledger.trying() as add:
-        for plan in plans:
-            _write_one(parts, plan, statistics, values, made, add)
-        rows = [row for plan in plans for row in plan.rows.bare]
-        made.after = likelihoods(parts, rows)
+        for turn in turns:
+            _write_one(parts, turn, statistics, values, made, add)
+            if watched:
+                made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
+        made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
     return made
 
 
@@ -68,22 +73,25 @@ def _write_one(
     made: Written,
     add: Callable[[NamedWeight, Update], None],
 ) -> None:
-    """Write the facts of one plan, layer by layer.
+    """Write the facts of one turn, layer by layer.
 
     At each layer keys and residual are read again on the partly edited model, and the layer
     takes its share of the residual, :eq:`spread-residual` (MEMIT, sec. 4.4, algorithm 1).
     """
     method, rows = plan.method, plan.rows
-    ridge = method.ridge_for(len(plan.facts))
-    names = [f"{fact.text!r} -> {fact.target_new!r}" for fact in plan.facts]
-    first_keys = keys_of(parts, rows, plan.layers[:1], method.key_mean)[plan.layers[0]]
-    made.warnings += check_subjects(method, plan.facts, first_keys)
+    ridge, names, columns = plan.ridge, plan.names, plan.columns
+    keys_of_facts = keys_of(parts, rows, plan.layers[:1], method.key_mean)[plan.layers[0]]
+    first_keys = column_means(keys_of_facts, columns)
+    if len(names) < len(columns):
+        made.warnings += merged_subjects(plan, keys_of_facts)
+    else:
+        made.warnings += check_subjects(method, plan.facts, first_keys)
     metric = method.preservation(statistics, plan.weights[0])
     if ridge == 0 and method.infeasible == "raise":
         # a batch that cannot be held is refused before its values are optimised
         feasible(metric, first_keys, names=names).require()
     if values is None:
-        values = compute_values(parts, rows, method, plan.conditions)
+        values = compute_values(parts, rows, method, plan.conditions, columns)
     made.values.append(values)
     parts_of_residual = shares(len(plan.layers), method.distribution)
     for place, (weight, share) in enumerate(zip(plan.weights, parts_of_residual, strict=True)):
@@ -92,7 +100,9 @@ def _write_one(
         else:
             metric = method.preservation(statistics, weight)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
-            residual = values.z - values_at(parts, rows, values.layer, method.site)
+            keys = column_means(keys, columns)
+            now = values_at(parts, rows, values.layer, method.site)
+            residual = values.z - column_means(now, columns)
         residual = residual / parts.gain(values.layer, method.site(parts, values.layer))
         update = solve(
             metric,
@@ -107,11 +117,20 @@ def _write_one(
         made.keys.setdefault(weight.name, []).append(keys)
 
 
+def keys_by_column(plan: Plan, made: Written) -> dict[str, Tensor]:
+    """K of each weight, (d_in x columns), in the order of the plan's columns."""
+    written = [c for turn in plan.turns for c in dict.fromkeys(plan.columns[i] for i in turn)]
+    order = sorted(range(len(written)), key=written.__getitem__)
+    return {name: torch.cat(each, dim=1)[:, order] for name, each in made.keys.items()}
+
+
 def outcomes_of(plan: Plan, made: Written, before: Sequence[Likelihood]) -> tuple[Outcome, ...]:
     """What became of each fact; EditError if nothing did."""
-    values = Values.joined(made.values)
+    values = Values.joined(made.values).of(plan.facts)
+    asked = [place for turn in plan.turns for place in turn]
+    after = dict(zip(asked, made.after, strict=True))
     outcomes = tuple(
-        _outcome(values, index, plan.method, before[index], made.after[index])
+        _outcome(values, index, plan.method, before[index], after[index])
         for index in range(len(plan.facts))
     )
     if all(outcome.relative_norm == 0.0 for outcome in outcomes):
@@ -126,15 +145,33 @@ def _outcome(
     values: Values, index: int, method: Method, before: Likelihood, after: Likelihood
 ) -> Outcome:
     assert method.clamp is not None
-    ratio = float(values.delta[:, index].norm() / values.target_init[:, index].norm())
+    column = values.columns[index]
+    ratio = float(values.delta[:, column].norm() / values.target_init[:, column].norm())
     return Outcome(
-        losses=values.losses[index],
+        losses=values.losses[column],
         relative_norm=ratio,
         clamped=ratio >= method.clamp * (1 - 1e-5),
         before=before.probability,
         after=after.probability,
         likeliest=after.greedy,
     )
+
+
+def lost_again(plan: Plan, made: Written) -> list[str]:
+    """A warning that names the facts that took in their own turn and were lost in a later one."""
+    asked = [place for turn in plan.turns for place in turn]
+    lost = [
+        plan.facts[place]
+        for place, took, after in zip(asked, made.took, made.after, strict=False)
+        if took and not after.greedy
+    ]
+    if not lost:
+        return []
+    return [
+        f"{len(lost)} of {len(asked)} facts took in their own turn and were lost by a later one: "
+        + "; ".join(f"{fact.text!r} -> {fact.target_new!r}" for fact in lost)
+        + ". One value for all facts of a subject is found by on_shared_subject='merge'"
+    ]
 
 
 def not_taken(facts: Sequence[Fact], outcomes: Sequence[Outcome]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unified_edit.errors import EditError, EditFileError
+from unified_edit.facts import SharedSubject
 from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.ledger import Entry, Ledger
@@ -41,6 +42,7 @@ class Provenance:
     fingerprint: of the base model. state: what was active when it was computed (`Ledger.state`).
     weights: {name: `Touched`} of each weight that is edited. statistics: the `Source` of C0.
     origin: of a dequantised model, its file, how that was quantised, and its SHA-256.
+    on_shared_subject: what was to be done with facts of one subject.
     """
 
     fingerprint: str
@@ -53,6 +55,7 @@ class Provenance:
     weights: Mapping[str, Touched]
     statistics: Mapping[str, Any]
     origin: str | None = None
+    on_shared_subject: SharedSubject = "raise"
 
 
 @dataclass(frozen=True)

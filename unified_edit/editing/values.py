@@ -8,52 +8,47 @@ the block's output is norm(m + delta) - norm(m) then), and chosen by Adam to min
     + kl_weight * KL(current || initial), both read at the subject of "{subject} is a"
     + weight_decay * norm(delta) / norm(target_init)^2
 
-(ROME, eq. 4; MEMIT, eq. 16; coefficients and order of steps as in their released code.) The
-loop stops for a fact when its total loss is below `stop_loss`, and always before the last
+(ROME, eq. 4; MEMIT, eq. 16; coefficients and order of steps as in their released code.) Facts of
+one subject may be given one value (MEMIT-Merge, arXiv 2502.07322): its contexts are those of all of
+them, each with the fact's own target, and target_init is the mean of theirs.
+
+The loop stops for a fact when its total loss is below `stop_loss`, and always before the last
 update; after each update delta is projected to norm(delta) <= clamp * norm(target_init).
 
-What the published code recomputes at every step is constant and computed once here: the keys
-and values of the attention over everything before the subject's last token, and the output of
-all blocks up to the edited one. Logits are made at target positions only. This changes the cost
-and not the result; `tests/test_values.py` holds it against a literal transcription.
+What the published code recomputes at every step is constant and computed once (`prepared`). Logits
+are made at target positions only. This changes the cost and not the result; `tests/test_values.py`
+holds it against a literal transcription.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from unified_edit.editing.choices import Choice
 from unified_edit.editing.methods import Method
-from unified_edit.errors import EditError
-from unified_edit.facts import Fact
+from unified_edit.editing.prepared import Prepared, fresh, prepare
+from unified_edit.errors import EditError, FactError
+from unified_edit.facts import Fact, members_of
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length, left_padded
-from unified_edit.model.hooks import (
-    PLAIN_OUTPUT,
-    captured,
-    noticing_tuples,
-    per_token,
-    quiet,
-    stubbed,
-)
+from unified_edit.model.batching import batches_by_length
+from unified_edit.model.hooks import PLAIN_OUTPUT, quiet, stubbed
 from unified_edit.model.likelihoods import log_probabilities
 from unified_edit.model.progress import Bar, progress
-from unified_edit.model.prompts import FactRows, Row
+from unified_edit.model.prompts import FactRows
 
 
 @dataclass(frozen=True)
 class Values:
-    """Optimised values of a batch of facts; columns are facts.
+    """Optimised values of a batch of facts; columns are facts, or subjects where merged.
 
-    delta, target_init: (d_out x E, float64); the value to be written is their sum.
-    losses: for each fact its total loss at each step, the first at delta = 0.
+    delta, target_init: (d_out x columns, float64); the value to be written is their sum.
+    losses: for each column its total loss at each step, the first at delta = 0.
     conditions: the model's state, prefixes and settings they were found under, as text.
+    columns: for each fact the column of its value; without it, each has its own.
     """
 
     facts: tuple[Fact, ...]
@@ -63,211 +58,110 @@ class Values:
     target_init: Tensor
     losses: tuple[tuple[float, ...], ...]
     conditions: str = ""
+    columns: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(range(len(self.facts))))
 
     @property
     def z(self) -> Tensor:
-        """v* at the site: (d_out x E)."""
+        """v* at the site: (d_out x columns)."""
         return self.target_init + self.delta
 
     def of(self, facts: Sequence[Fact]) -> Values:
-        """The values of some of the facts, in the order given; KeyError if one is missing."""
+        """The values of some of the facts, in the order given; KeyError if one is missing.
+
+        Raises FactError where only some of the facts that share a value are chosen: it was not
+        found for these alone.
+        """
         place = {fact: index for index, fact in enumerate(self.facts)}
-        chosen = [place[fact] for fact in facts]
+        members = members_of(self.columns)
+        wanted, kept, columns = set(facts), [], []
+        for fact in facts:
+            column = self.columns[place[fact]]
+            merged = members[column] if len(members[column]) > 1 else []
+            left_out = [self.facts[i] for i in merged if self.facts[i] not in wanted]
+            if left_out:
+                raise FactError(
+                    f"{fact} shares its value with {left_out[0]}, which is left out; optimise the "
+                    "values of the facts that are edited together"
+                )
+            if not merged or column not in kept:
+                kept.append(column)
+            columns.append(kept.index(column) if merged else len(kept) - 1)
         return replace(
             self,
             facts=tuple(facts),
-            delta=self.delta[:, chosen],
-            target_init=self.target_init[:, chosen],
-            losses=tuple(self.losses[index] for index in chosen),
+            delta=self.delta[:, kept],
+            target_init=self.target_init[:, kept],
+            losses=tuple(self.losses[column] for column in kept),
+            columns=tuple(columns),
         )
 
     @classmethod
     def joined(cls, each: Sequence[Values]) -> Values:
         """Values of several lists of facts as one, found under the same conditions."""
+        before = itertools.accumulate((len(one.losses) for one in each), initial=0)
         return replace(
             each[0],
             facts=tuple(fact for one in each for fact in one.facts),
             delta=torch.cat([one.delta for one in each], dim=1),
             target_init=torch.cat([one.target_init for one in each], dim=1),
             losses=tuple(loss for one in each for loss in one.losses),
+            columns=tuple(
+                first + column
+                for first, one in zip(before, each, strict=False)
+                for column in one.columns
+            ),
         )
 
 
-def compute_values(parts: Anatomy, rows: FactRows, method: Method, conditions: str = "") -> Values:
+def compute_values(
+    parts: Anatomy,
+    rows: FactRows,
+    method: Method,
+    conditions: str = "",
+    columns: Sequence[int] = (),
+) -> Values:
     """Optimise the values of the facts of `rows` for a resolved `method`.
 
-    The loss is :eq:`value-loss`, the clamp :eq:`value-clamp`. Facts do not influence each other: a
-    batch gives what each fact gives alone. Deterministic.
+    The loss is :eq:`value-loss`, the clamp :eq:`value-clamp`. Values do not influence each other: a
+    batch gives what each gives alone. Deterministic.
+
+    columns: for each fact the number of its value, from 0, where some share one: the KL term is
+        then read behind the subject as the first of them writes it. Without it, each has its own.
 
     Raises EditError if a loss is not finite.
     """
     assert method.layers is not None, "resolve the method first"
     layer, facts = method.layers[-1], rows.facts
-    texts = [[*behind, kl] for behind, kl in zip(rows.behind, rows.kl, strict=True)]
-    lengths = [max(len(row.ids) for row in of_fact) * len(of_fact) for of_fact in texts]
-    width = parts.weight(layer).d_out
-    losses: list[tuple[float, ...]] = [()] * len(facts)
-    bar = progress("optimising values", len(facts), "fact")
+    columns = tuple(columns) or tuple(range(len(facts)))
+    members = members_of(columns)
+    texts = [[*(row for i in one for row in rows.behind[i]), rows.kl[one[0]]] for one in members]
+    lengths = [max(len(row.ids) for row in of_value) * len(of_value) for of_value in texts]
+    width, contexts = parts.weight(layer).d_out, len(rows.prefixes)
+    losses: list[tuple[float, ...]] = [()] * len(members)
+    bar = progress("optimising values", len(members), "fact")
     # gradients are needed, whatever mode the caller is in
     with torch.inference_mode(False), quiet(parts.model), bar:
-        delta = torch.zeros(width, len(facts), dtype=torch.float64)
+        delta = torch.zeros(width, len(members), dtype=torch.float64)
         init = torch.zeros_like(delta)
         for chosen in batches_by_length(lengths):
-            batch = _prepare(parts, [texts[index] for index in chosen], layer, method.site)
-            found, history = _optimise(parts, batch, method, [facts[i] for i in chosen], bar)
+            batch = prepare(parts, [texts[index] for index in chosen], contexts, layer, method.site)
+            firsts = [facts[members[index][0]] for index in chosen]
+            found, history = _optimise(parts, batch, method, firsts, bar)
             for place, index in enumerate(chosen):
                 delta[:, index] = found[place].double().cpu()
                 init[:, index] = batch.target_init[place].double().cpu()
                 losses[index] = tuple(history[place])
-    return Values(facts, layer, method.site.name, delta, init, tuple(losses), conditions)
+    return Values(facts, layer, method.site.name, delta, init, tuple(losses), conditions, columns)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Everything about some facts that does not depend on delta.
-
-    A row is one prompt, cut in two: the prefix ends just before the subject's last token, the
-    suffix begins with it, so that delta always enters at the first place of the suffix.
-    """
-
-    layer: int
-    owner: Tensor  # rows: index of the fact the row belongs to
-    cache: list[tuple[Tensor, Tensor]]  # attention keys and values of the prefixes, by layer
-    suffix: Tensor  # rows x suffix: ids
-    mask: Tensor  # rows x (prefix + suffix)
-    positions: Tensor  # rows x suffix
-    hidden: Tensor  # rows x suffix x d_out: output of block `layer` where delta is zero
-    as_tuple: bool  # whether the blocks of this family return tuples
-    at_site: Tensor  # rows x d_out: what stands at the site in each row where delta is zero
-    target_init: Tensor  # facts x d_out
-    kl_rows: Tensor  # facts: the row of the KL prompt
-    kl_initial: Tensor  # facts x vocabulary, log-probabilities; empty until first computed
-    target_row: Tensor  # target tokens: row ...
-    target_place: Tensor  # ... place in the suffix whose logits predict it ...
-    target_id: Tensor  # ... its id ...
-    target_weight: Tensor  # ... and 1 / (tokens of the target * contexts)
-
-    def only(self, kept: Tensor) -> _Batch:
-        """The batch of the facts with index in `kept`."""
-        new_fact = torch.full((len(self.target_init),), -1, device=kept.device)
-        new_fact[kept] = torch.arange(len(kept), device=kept.device)
-        rows = (new_fact[self.owner] >= 0).nonzero().squeeze(1)
-        new_row = torch.full((len(self.owner),), -1, device=kept.device)
-        new_row[rows] = torch.arange(len(rows), device=kept.device)
-        tokens = (new_row[self.target_row] >= 0).nonzero().squeeze(1)
-        return _Batch(
-            layer=self.layer,
-            owner=new_fact[self.owner[rows]],
-            cache=[(keys[rows], values[rows]) for keys, values in self.cache],
-            suffix=self.suffix[rows],
-            mask=self.mask[rows],
-            positions=self.positions[rows],
-            hidden=self.hidden[rows],
-            as_tuple=self.as_tuple,
-            at_site=self.at_site[rows],
-            target_init=self.target_init[kept],
-            kl_rows=new_row[self.kl_rows[kept]],
-            kl_initial=self.kl_initial[kept],
-            target_row=new_row[self.target_row[tokens]],
-            target_place=self.target_place[tokens],
-            target_id=self.target_id[tokens],
-            target_weight=self.target_weight[tokens],
-        )
-
-
-def _prepare(parts: Anatomy, rows: list[list[Row]], layer: int, site: Choice) -> _Batch:
-    """Run everything that is constant during the optimisation once."""
-    device = parts.model.device
-    flat = [row for of_fact in rows for row in of_fact]
-    owner = [index for index, of_fact in enumerate(rows) for _ in of_fact]
-    # of the KL prompt nothing after the subject is needed: a causal model cannot see it there
-    suffixes = [
-        row.ids[row.subject :] if row.target else row.ids[row.subject :][:1] for row in flat
-    ]
-    lengths = torch.tensor([len(suffix) for suffix in suffixes])
-    width = int(lengths.max())
-    ids = torch.tensor([list(suffix) + [0] * (width - len(suffix)) for suffix in suffixes])
-    starts = torch.tensor([row.subject for row in flat])
-    # padding repeats the last position, so that none beyond the model's limit is asked for
-    positions = starts[:, None] + torch.minimum(torch.arange(width), lengths[:, None] - 1)
-    prefix = left_padded([row.ids[: row.subject] for row in flat], device)
-    mask = torch.cat(
-        [prefix["attention_mask"].cpu(), (torch.arange(width) < lengths[:, None]).long()], dim=1
-    )
-    target_row, target_place, target_id, target_weight = [], [], [], []
-    for index, row in enumerate(flat):
-        contexts = len(rows[owner[index]]) - 1
-        for place, token in enumerate(row.target):
-            target_row.append(index)
-            target_place.append(int(lengths[index]) - len(row.target) + place)
-            target_id.append(token)
-            target_weight.append(1.0 / (len(row.target) * contexts))
-    firsts = [index for index in range(len(flat)) if index == 0 or owner[index - 1] != owner[index]]
-    lasts = [index - 1 for index in firsts[1:]] + [len(flat) - 1]
-
-    with torch.no_grad():
-        cache = _prefix_cache(parts, prefix)
-        ids, mask, positions = (value.to(device) for value in (ids, mask, positions))
-        sites = {
-            "site": (site(parts, layer), "output"),
-            "hidden": (parts.blocks[layer], "output"),
-        }
-        with noticing_tuples(parts.blocks[layer]) as returned, captured(sites) as seen:
-            parts.model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=_fresh(cache),
-                use_cache=True,
-                **PLAIN_OUTPUT,
-            )
-    precise = torch.promote_types(seen["hidden"].dtype, torch.float32)
-    at_site = per_token(parts.model, seen["site"], ids.shape, sites["site"][0], "output")[:, 0]
-    return _Batch(
-        layer=layer,
-        owner=torch.tensor(owner, device=device),
-        cache=cache,
-        suffix=ids,
-        mask=mask,
-        positions=positions,
-        hidden=seen["hidden"],
-        as_tuple=returned[0],
-        at_site=at_site,
-        target_init=at_site[firsts].to(precise),
-        kl_rows=torch.tensor(lasts, device=device),
-        kl_initial=torch.empty(len(rows), 0, device=device, dtype=precise),
-        target_row=torch.tensor(target_row, device=device),
-        target_place=torch.tensor(target_place, device=device),
-        target_id=torch.tensor(target_id, device=device),
-        target_weight=torch.tensor(target_weight, device=device, dtype=precise),
-    )
-
-
-def _prefix_cache(parts: Anatomy, prefix: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Attention keys and values of left-padded prefixes, zero where there is padding."""
-    if prefix["input_ids"].shape[1] == 0:
-        return []
-    made = DynamicCache()  # all tokens at every layer, also where attention has a window
-    parts.model.base_model(**prefix, past_key_values=made, use_cache=True, **PLAIN_OUTPUT)
-    padding = prefix["attention_mask"][:, None, :, None] == 0
-    # a row that is all padding may hold NaN, and 0 * NaN would reach the rest through the mask
-    layers: list[Any] = list(made.layers)
-    return [
-        (layer.keys.masked_fill(padding, 0.0), layer.values.masked_fill(padding, 0.0))
-        for layer in layers
-    ]
-
-
-def _fresh(cache: list[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A new cache object: a forward appends to the one it is given."""
-    made = DynamicCache()
-    for layer, (keys, values) in enumerate(cache):
-        made.update(keys, values, layer)
-    return made
-
-
-def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tuple[Tensor, Tensor]:
-    """Total loss of each fact at its row of `delta` (facts x d_out), and the KL distributions."""
+def _losses(
+    parts: Anatomy, batch: Prepared, delta: Tensor, method: Method
+) -> tuple[Tensor, Tensor]:
+    """Total loss at each row of `delta` (values x d_out), and the distributions of the KL term."""
     added = parts.entering(
         batch.layer,
         method.site(parts, batch.layer),
@@ -280,7 +174,7 @@ def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tup
             input_ids=batch.suffix,
             attention_mask=batch.mask,
             position_ids=batch.positions,
-            past_key_values=_fresh(batch.cache),
+            past_key_values=fresh(batch.cache),
             use_cache=True,
             **PLAIN_OUTPUT,
         ).last_hidden_state
@@ -300,7 +194,7 @@ def _losses(parts: Anatomy, batch: _Batch, delta: Tensor, method: Method) -> tup
 
 
 def _optimise(
-    parts: Anatomy, batch: _Batch, method: Method, facts: list[Fact], bar: Bar
+    parts: Anatomy, batch: Prepared, method: Method, facts: list[Fact], bar: Bar
 ) -> tuple[list[Tensor], list[list[float]]]:
     """Adam on all facts of a batch together; finished facts are dropped from it."""
     assert method.steps is not None, "resolve the method first"

@@ -1,4 +1,4 @@
-"""Values that are optimised once and kept: one file for each fact.
+"""Values that are optimised once and kept: one file for each fact, or for the facts of one value.
 
 A file is found by everything that its values depend on (the model and its active edits, the
 method's settings, the prefixes, the fact), and holds all of it, to be compared when it is read;
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from unified_edit.editing.editor import Editor
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.values import Values
 from unified_edit.errors import EditFileError
-from unified_edit.facts import Fact
+from unified_edit.facts import Fact, SharedSubject, members_of
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
@@ -40,16 +40,18 @@ def values_for(
     method: Method = EMMET,
     *,
     seed: int = 0,
+    on_shared_subject: SharedSubject = "raise",
 ) -> Values:
     """What `optimise_values` gives, from the cache; what is not there is optimised and kept.
 
-    The same fact, method, seed and state of the model find the same file, below `cache_folder`,
-    whatever other facts it is asked for with. A file that is damaged or holds something else is
-    not used, but replaced. Raises what `optimise_values` raises.
+    The same fact (or the same facts, where they share a value), method, seed and state of the model
+    find the same file, below `cache_folder`, whatever other facts it is asked for with. A file that
+    is damaged or holds something else is not used, but replaced. Raises what `optimise_values`
+    raises.
     """
     editor = Editor(model, tokenizer, seed=seed)
     with quiet(model):
-        plan = editor.plan(facts, method, batch=False)
+        plan = editor.plan(facts, method, batch=False, on_shared_subject=on_shared_subject)
         folder = cache_folder() / editor.ledger.fingerprint()[:20] / "values"
         layer = plan.layers[-1]
         shape = (plan.weights[-1].d_out, 1)
@@ -59,16 +61,20 @@ def values_for(
             "site": plan.method.site.name,
             "library": version("unified_edit"),
         }
-        found = {
-            fact: _read(folder, {**wanted, "fact": asdict(fact)}, shape) for fact in plan.facts
-        }
-        missing = [fact for fact, values in found.items() if values is None]
+        groups = [tuple(plan.facts[i] for i in members) for members in members_of(plan.columns)]
+        found = {group: _read(folder, wanted, group, shape) for group in groups}
+        missing = [group for group, values in found.items() if values is None]
         if missing:
-            made = editor.optimise_values(missing, method)
-            for fact in missing:
-                found[fact] = made.of([fact])
-                _write(folder, {**wanted, "fact": asdict(fact)}, made.of([fact]))
-        return Values.joined([one for fact in plan.facts if (one := found[fact]) is not None])
+            made = editor.optimise_values(
+                [fact for group in missing for fact in group],
+                method,
+                on_shared_subject=on_shared_subject,
+            )
+            for group in missing:
+                found[group] = made.of(group)
+                _write(folder, wanted, made.of(group))
+        joined = Values.joined([one for group in groups if (one := found[group]) is not None])
+        return joined if len(groups) == len(plan.facts) else joined.of(plan.facts)
 
 
 def _path(folder: Path, wanted: dict[str, Any]) -> Path:
@@ -76,8 +82,14 @@ def _path(folder: Path, wanted: dict[str, Any]) -> Path:
     return folder / f"{key[:20]}.safetensors"
 
 
+def _described(facts: Sequence[Fact]) -> dict[str, Any]:
+    each = [asdict(fact) for fact in facts]
+    return {"fact": each[0]} if len(each) == 1 else {"facts": each}
+
+
 def _write(folder: Path, wanted: dict[str, Any], made: Values) -> None:
     tensors = {"delta": made.delta, "target_init": made.target_init}
+    wanted = {**wanted, **_described(made.facts)}
     description = {**wanted, "losses": made.losses[0]}
     try:
         write_safetensors(_path(folder, wanted), tensors, FORMAT, description, EditFileError)
@@ -85,8 +97,11 @@ def _write(folder: Path, wanted: dict[str, Any], made: Values) -> None:
         log.warning("values are used, but not kept for the next time: %s", problem)
 
 
-def _read(folder: Path, wanted: dict[str, Any], shape: tuple[int, int]) -> Values | None:
-    """The values of one fact from its file; None if there is none, or it is of no use."""
+def _read(
+    folder: Path, wanted: dict[str, Any], facts: tuple[Fact, ...], shape: tuple[int, int]
+) -> Values | None:
+    """The value of one fact, or of some together, from its file; None if there is none of use."""
+    wanted = {**wanted, **_described(facts)}
     path = _path(folder, wanted)
     if not path.exists():
         return None
@@ -101,5 +116,13 @@ def _read(folder: Path, wanted: dict[str, Any], shape: tuple[int, int]) -> Value
     except EditFileError as problem:
         log.warning("cached values are not used: %s", problem)
         return None
-    fact, layer, site = Fact(**wanted["fact"]), wanted["layer"], wanted["site"]
-    return Values((fact,), layer, site, delta, init, (tuple(losses),), wanted["conditions"])
+    return Values(
+        facts,
+        wanted["layer"],
+        wanted["site"],
+        delta,
+        init,
+        (tuple(losses),),
+        wanted["conditions"],
+        (0,) * len(facts),
+    )
