@@ -247,6 +247,7 @@ class TopK(LogitsProcessor):
             self.generators.append(torch.Generator().manual_seed(number))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows x vocabulary) that leave the token that was drawn, and no other."""
         k = min(self.k, scores.shape[-1])
         top = scores.float().topk(k, dim=-1)
         chance = torch.stack(
