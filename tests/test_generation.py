@@ -17,7 +17,7 @@ import unified_edit as ue
 from unified_edit.errors import FactError, MethodError
 from unified_edit.facts import Fact, Record
 from unified_edit.measuring import Generation, Report, evaluate, evaluate_edits, ngram_entropy
-from unified_edit.measuring.generation import _Draw, words
+from unified_edit.measuring.generation import TopK, words
 from unified_edit.model import model_fingerprint
 from unified_edit.statistics import KeyStatistics
 
@@ -161,7 +161,7 @@ def test_tokens_are_drawn_from_the_likeliest() -> None:
     """Shares of 20,000 draws: a standard deviation is at most .5 / sqrt(20,000) = .0035."""
     with own_seed(0):
         scores = torch.randn(1, 50).expand(20_000, 50) * 2
-    draw = _Draw(4, [str(number) for number in range(20_000)])
+    draw = TopK(4, [str(number) for number in range(20_000)])
     chosen = draw(torch.zeros(20_000, 1), scores)
     assert ((chosen == 0).sum(-1) == 1).all() and torch.isneginf(chosen).sum() == 20_000 * 49
     shares = (chosen == 0).double().mean(0)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -26,7 +26,7 @@ from unified_edit.editing.plans import check_subjects
 from unified_edit.editing.values import Values
 from unified_edit.editing.values_cache import values_for
 from unified_edit.errors import MethodError, brief
-from unified_edit.facts import Fact, Record, check_batch
+from unified_edit.facts import Conflict, Fact, Record, SharedSubject, check_batch, check_ways
 from unified_edit.measuring.answer_lines import AnswerLines
 from unified_edit.measuring.answering import Asking
 from unified_edit.measuring.generation import Generation
@@ -98,11 +98,6 @@ def evaluate(
         return asking.report(source.count, bootstrap)
 
 
-#: What `edit` may be told to do about facts of one subject, and about contradictions.
-_SharedSubject = Literal["raise", "merge", "split"]
-_Conflict = Literal["raise", "last"]
-
-
 def evaluate_edits(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -115,8 +110,8 @@ def evaluate_edits(
     bootstrap: int = 2000,
     to: str | os.PathLike[str] | None = None,
     known_only: bool = False,
-    on_shared_subject: _SharedSubject = "raise",
-    on_conflict: _Conflict = "raise",
+    on_shared_subject: SharedSubject = "raise",
+    on_conflict: Conflict = "raise",
     generate: bool | Generation = False,
 ) -> Report:
     """Edit `batch_size` records at a time into the base model, measure each batch, undo it.
@@ -144,15 +139,10 @@ def evaluate_edits(
         raise MethodError(
             f"method is a {type(method).__name__}; give a Method such as unified_edit.EMMET"
         )
-    ways: dict[str, str] = {}
-    for name, way, choices in (
-        ("on_shared_subject", on_shared_subject, get_args(_SharedSubject)),
-        ("on_conflict", on_conflict, get_args(_Conflict)),
-    ):
-        if not isinstance(way, str) or way not in choices:
-            raise MethodError(f"{name} is {brief(way)}; choose one of {choices}")
-        if size > 1 and way != "raise":  # one fact shares nothing and contradicts nothing
-            ways[name] = way
+    check_ways(on_shared_subject, on_conflict)
+    given = {"on_shared_subject": on_shared_subject, "on_conflict": on_conflict}
+    # one fact shares nothing and contradicts nothing
+    ways = {name: way for name, way in given.items() if size > 1 and way != "raise"}
     texts = Generation.wanted(generate, seed)
     source = RecordSource(model, tokenizer, records)
     editor = Editor(model, tokenizer, seed=seed)
@@ -167,8 +157,7 @@ def evaluate_edits(
             editor.ledger,
             method=resolved.to_dict(),
             batch_size=size,
-            on_shared_subject=on_shared_subject,
-            on_conflict=on_conflict,
+            **given,
             statistics=repr(getattr(statistics, "source", statistics)),
         )
     with (
@@ -226,7 +215,7 @@ class _Editing:
     editor: Editor
     method: Method
     statistics: KeyStatistics
-    ways: dict[str, Any]
+    ways: Mapping[str, Any]
     together: bool  # whether values do not depend on the other facts of their batch
     on_disk: bool
     asking: Asking
@@ -272,11 +261,10 @@ class _Editing:
         )
 
 
-def _facts_of(method: Method, records: Sequence[Record], ways: dict[str, str]) -> list[Fact]:
+def _facts_of(method: Method, records: Sequence[Record], ways: Mapping[str, Any]) -> list[Fact]:
     """The facts of one batch; raises early what `edit` would raise after hours of work."""
     facts = [record.fact for record in records]
-    if method.sequential or ways:
-        return facts
-    facts = check_batch(facts)
-    check_subjects(method, facts)
-    return facts
+    settled = check_batch(facts, ways.get("on_conflict", "raise"))
+    if not method.sequential and "on_shared_subject" not in ways:
+        check_subjects(method, settled)
+    return facts if ways else settled  # `edit` says itself what was overruled

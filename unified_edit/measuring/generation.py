@@ -202,7 +202,7 @@ def _continued(
                 continue
             inputs = left_padded([rows[index] for index in chosen], model.device)
             width = inputs["input_ids"].shape[1]
-            draw = [_Draw(top_k, [seeds[i] for i in chosen])] if top_k > 1 else []
+            draw = [TopK(top_k, [seeds[i] for i in chosen])] if top_k > 1 else []
             config = GenerationConfig(
                 max_new_tokens=most, do_sample=False, pad_token_id=0, eos_token_id=ends or None
             )
@@ -232,7 +232,7 @@ def _own_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = before
 
 
-class _Draw(LogitsProcessor):
+class TopK(LogitsProcessor):
     """Draw from the k likeliest tokens, each row with random numbers of its own.
 
     The largest of log p + g, with g from a Gumbel distribution, is a draw from p; so the token that
@@ -247,6 +247,7 @@ class _Draw(LogitsProcessor):
             self.generators.append(torch.Generator().manual_seed(number))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows x vocabulary) that leave the token that was drawn, and no other."""
         k = min(self.k, scores.shape[-1])
         top = scores.float().topk(k, dim=-1)
         chance = torch.stack(
