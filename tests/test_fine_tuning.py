@@ -10,6 +10,7 @@ import torch
 from fixtures_refusals import TOWER, VIENNA, refused
 from fixtures_tiny import InFloat64, assert_unchanged, snapshot
 from recipe import TINY_FACTS, relative
+from test_families import TINY, tiny_model
 
 import unified_edit as ue
 from unified_edit.editing import Edit, FineTuning, fine_tune, tuning
@@ -47,6 +48,19 @@ def test_the_update_is_that_of_the_released_loop(family, how, request, tiny_toke
     losses = torch.tensor([one.losses for one in edit.outcomes], dtype=torch.float64).mean(0)
     assert losses.tolist() == pytest.approx(history, rel=1e-9)
     assert history[-1] < history[0] - 0.1
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_it_is_so_in_every_family(name, tiny_tokenizer):
+    with InFloat64():
+        model, copy = (tiny_model(name, len(tiny_tokenizer)) for _ in range(2))
+        how = {"norm": 0.05, "steps": 3}
+        edit = fine_tune(
+            model, tiny_tokenizer, TINY_FACTS, layer=1, learning_rate=0.02, apply=False, **how
+        )
+        wanted, history = reference.fine_tuned(copy, tiny_tokenizer, PAIRS, 1, lr=0.02, **how)
+    assert relative(edit.delta(1), wanted) < 1e-9
+    assert history[-1] < history[0] - 0.5
 
 
 def test_it_stops_once_the_loss_is_low(make_gpt2, tiny_tokenizer):
