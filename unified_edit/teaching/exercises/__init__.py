@@ -30,6 +30,7 @@ from unified_edit.teaching.exercises.preserving import (
     check_second_moment,
     check_shrink,
 )
+from unified_edit.teaching.exercises.real_locating import check_resampled_interval
 from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
@@ -71,6 +72,7 @@ __all__ = [
     "check_project",
     "check_rank_one",
     "check_rarities",
+    "check_resampled_interval",
     "check_restore",
     "check_second_moment",
     "check_shrink",

@@ -15,13 +15,9 @@ from unified_edit.teaching.exercises.checking import agree, draw, pair, right, t
 BOUNDS = (0.025, 0.975)
 
 
-def interval_of(effects: Tensor, drawn: Tensor, bounds: tuple[float, float] = BOUNDS) -> Tensor:
-    """(2 x layers): quantiles of the resampled means, :eq:`real-locating-resample`.
-
-    effects: (facts x layers). drawn: (resamples x facts), numbers of facts, with replacement.
-    """
-    means = effects[drawn].mean(dim=1)
-    return means.quantile(torch.tensor(bounds, dtype=means.dtype), dim=0)
+def middle(values: Tensor, bounds: tuple[float, float] = BOUNDS) -> Tensor:
+    """(2 x layers): the quantiles of `values` (rows x layers) at both bounds."""
+    return values.quantile(torch.tensor(bounds, dtype=values.dtype), dim=0)
 
 
 def check_resampled_interval(resampled_interval: Callable[[Tensor, Tensor], Any]) -> str:
@@ -33,38 +29,25 @@ def check_resampled_interval(resampled_interval: Callable[[Tensor, Tensor], Any]
         effects = draw(seed, facts, layers)
         numbers = np.random.default_rng(seed).integers(facts, size=(200, facts))
         drawn = torch.from_numpy(numbers)
-        given = call(resampled_interval, effects, drawn)
-        if not isinstance(given, (Tensor, np.ndarray)) or len(given.shape) < 2:
-            given = pair(given, "low and high")
-        names = ("low", "high")
-        both = [tensor(one, (layers,), name) for one, name in zip(given, names, strict=True)]
+        low, high = pair(call(resampled_interval, effects, drawn), "low and high")
+        found = torch.stack([tensor(low, (layers,), "low"), tensor(high, (layers,), "high")])
         resamples = effects[drawn]
-        means, narrow = resamples.mean(dim=1), (0.05, 0.95)
-        other = {
+        means = resamples.mean(dim=1)
+        mistakes = {
             "this is the interval of 90 %; for one of 95 %, 2.5 % lie on either side": (
-                interval_of(effects, drawn, narrow)
+                middle(means, (0.05, 0.95))
             ),
             "these are quantiles of the effects themselves; the interval is one of their *mean*: "
-            "average each resample first": effects.quantile(
-                torch.tensor(BOUNDS, dtype=effects.dtype), dim=0
-            ),
+            "average each resample first": middle(effects),
             "these are quantiles of all effects drawn; average each resample over its facts "
-            "first": resamples.flatten(0, 1).quantile(
-                torch.tensor(BOUNDS, dtype=effects.dtype), dim=0
-            ),
+            "first": middle(resamples.flatten(0, 1)),
             "you took medians; a resample is summed up by its mean": (
-                resamples.quantile(0.5, dim=1).quantile(
-                    torch.tensor(BOUNDS, dtype=effects.dtype), dim=0
-                )
+                middle(resamples.quantile(0.5, dim=1))
             ),
-            "low and high have changed places": interval_of(effects, drawn).flip(0),
-            "these are the smallest and the largest mean, whatever the resamples; quantiles are "
-            "asked for": torch.stack([means.amin(dim=0), means.amax(dim=0)]),
+            "low and high have changed places": middle(means).flip(0),
+            "these are the smallest and the largest mean; quantiles are asked for": torch.stack(
+                [means.amin(dim=0), means.amax(dim=0)]
+            ),
         }
-        agree(
-            torch.stack(both),
-            interval_of(effects, drawn),
-            "the interval",
-            other,
-        )
+        agree(found, middle(means), "the interval", mistakes)
     return right("Facts are drawn, averaged, and the middle 95 % of the means kept.")
