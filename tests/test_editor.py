@@ -281,8 +281,9 @@ def test_before_after_and_likeliest_are_those_of_the_model(
     if method.site.name == "block":
         assert table.likeliest.any()
     failed = [fact for fact, hit in zip(FACTS, table.likeliest, strict=True) if not hit]
-    assert len(made.warnings) == bool(failed)
-    assert all(fact.text in made.warnings[0] for fact in failed)
+    said = [text for text in made.warnings if "did not take" in text]
+    assert len(said) == bool(failed)
+    assert all(fact.text in said[0] for fact in failed)
     made.save(tmp_path / "edit.safetensors")
     assert ue.Edit.load(tmp_path / "edit.safetensors").table.equals(table)
 

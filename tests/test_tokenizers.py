@@ -184,6 +184,7 @@ BEGINNINGS = {
     "one token, another name": ("I", "I", "</s>", "", "I"),
     "no BOS": (None, "I", "</s>", "", "I"),
     "nothing": (None, None, "</s>", "", ""),
+    "nothing but a name": (None, None, END, "", ""),
 }
 
 

@@ -102,9 +102,9 @@ def sample_prefixes(
         )
     if "" in spec.starts and not encoder.start:
         raise TokenizationError(
-            "prefixes without a start begin with the token that texts begin with or that stands "
-            "between them, but this tokenizer has none; set tokenizer.bos_token, or give "
-            "contexts with starts that are words"
+            "prefixes without a start begin with the token that texts begin with, or with the "
+            "end-of-text token, but this tokenizer has none; set tokenizer.bos_token or "
+            "tokenizer.eos_token, or give contexts with starts that are words"
         )
     generator = torch.Generator().manual_seed(seed)
     prefixes = [""]

@@ -119,12 +119,13 @@ class Encoder:
 
         What the tokenizer adds, or the separator of pretraining (SmolLM2, Qwen), or BOS. None for
         a tokenizer whose only such token is its BOS and EOS in one (GPT-2, GPT-J, Pythia): the
-        released code of ROME and MEMIT samples there from the first word itself.
+        released code of ROME and MEMIT samples there from the first word itself. None either
+        where it names no BOS and no EOS.
         """
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         added = self.tokenizer.get_added_vocab()
         separator = next((added[name] for name in SEPARATORS if name in added), first)
-        if self.before or separator is None or separator == first == last:
+        if self.before or separator is None or first == last in (separator, None):
             return self.before
         return (separator,)
 
