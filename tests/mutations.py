@@ -251,7 +251,7 @@ FAULTS = (
     Fault("states read from a file that has only one of them", "measuring/report.py",
           "for of in rows.values() for number in of if number in last for row in of[number]",
           "for of in rows.values() for number in of for row in of[number]",
-          ("tests/test_streamed.py", "-k", "unfinished")),
+          STREAMED),
     Fault("weights of bigrams and trigrams exchanged", "measuring/generation.py",
           "NGRAMS = {2: 2 / 3, 3: 4 / 3}", "NGRAMS = {2: 4 / 3, 3: 2 / 3}", GENERATION),
     Fault("tokens drawn uniformly", "measuring/generation.py",
