@@ -11,7 +11,7 @@ from test_families import FACTS, METHOD, SAME, TINY, relative, tiny_model
 import unified_edit as ue
 from unified_edit.errors import StatisticsError
 from unified_edit.model import Encoder, anatomy
-from unified_edit.statistics import KeyStatistics, collect
+from unified_edit.statistics import KeyStatistics, cache, collect
 
 BEHIND = ("gemma2", "gemma3_text", "olmo2")
 LAYER = 1
@@ -131,3 +131,14 @@ def test_it_stands_in_the_file_and_in_the_checkpoint(
 def test_a_weighting_that_there_is_not(model, tiny_tokenizer, tiny_texts, wrong):
     with pytest.raises(StatisticsError, match=r"weighting is .*'tokens', 'norm'"):
         collected(model, tiny_tokenizer, tiny_texts[:2], wrong)
+
+
+def test_statistics_with_another_weighting_are_not_taken_from_the_cache(
+    model, tiny_tokenizer, tiny_texts, tmp_path, caplog
+):
+    for weighting in ("tokens", "norm"):
+        made = collected(model, tiny_tokenizer, tiny_texts[:40], weighting)
+        made.save(cache._path(tmp_path, LAYER))
+        found = cache._read(tmp_path, LAYER, made.source.fingerprint, model)
+        assert (found is None) == (weighting == "norm")
+    assert "another weighting" in caplog.text

@@ -87,6 +87,8 @@ def _read(
         loaded.check_model(fingerprint, anatomy(model).name)
         if loaded.source.skip_start:
             raise StatisticsError(f"{path} was collected without the first token of each text")
+        if loaded.source.weighting != "tokens":
+            raise StatisticsError(f"{path} was collected with another weighting of the tokens")
         return loaded.only(layer)
     except StatisticsError as problem:
         log.warning("cached statistics are not used: %s", problem)
