@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -480,3 +482,27 @@ def test_what_cannot_be_traced(make_gpt2: Any, tiny_tokenizer: Any) -> None:
     with pytest.raises(ModelError, match="NaN"):
         locate(model, tiny_tokenizer, TOWER)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("smollm2", 30), ("atlas", 6)])
+def test_the_committed_traces(name: str, layers: int) -> None:
+    """Means within their intervals, and of the facts that are named beside them."""
+    path = Path(__file__).resolve().parents[1] / "book" / "data" / "smollm2_trace.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["places"] == list(PLACES) and "rome (MIT)" in result["facts from"]
+    trace = result[name]
+    facts, counts = trace["facts"], trace["facts with the place"]
+    assert len(facts) == counts["last token"] and list(counts) == list(PLACES)
+    assert all(fact["prompt"].count(fact["subject"]) == 1 for fact in facts)
+    for run in ("clean", "corrupted"):
+        mean = sum(fact[run] for fact in facts) / len(facts)
+        assert trace[run] == pytest.approx(mean, abs=2e-4)
+    for kind in KINDS:
+        value, low, high = (
+            np.array(trace["effects"][kind][one]) for one in ("value", "low", "high")
+        )
+        assert value.shape == low.shape == high.shape == (len(PLACES), layers)
+        assert (low <= value).all() and (value <= high).all()
+    # the last state of the last token is all that the answer is read from
+    everything = trace["effects"]["state"]["value"][-1][-1]
+    assert everything == pytest.approx(trace["clean"] - trace["corrupted"], abs=3e-4)
