@@ -11,7 +11,8 @@ from test_families import FACTS, METHOD, SAME, TINY, relative, tiny_model
 import unified_edit as ue
 from unified_edit.errors import StatisticsError
 from unified_edit.model import Encoder, anatomy
-from unified_edit.statistics import KeyStatistics, cache, collect
+from unified_edit.model.memory import memory_of
+from unified_edit.statistics import KeyStatistics, cache, collect, statistics_for
 
 BEHIND = ("gemma2", "gemma3_text", "olmo2")
 LAYER = 1
@@ -134,11 +135,15 @@ def test_a_weighting_that_there_is_not(model, tiny_tokenizer, tiny_texts, wrong)
 
 
 def test_statistics_with_another_weighting_are_not_taken_from_the_cache(
-    model, tiny_tokenizer, tiny_texts, tmp_path, caplog
+    model, tiny_tokenizer, tiny_texts, tmp_path, monkeypatch, caplog
 ):
-    for weighting in ("tokens", "norm"):
-        made = collected(model, tiny_tokenizer, tiny_texts[:40], weighting)
-        made.save(cache._path(tmp_path, LAYER))
-        found = cache._read(tmp_path, LAYER, made.source.fingerprint, model)
-        assert (found is None) == (weighting == "norm")
+    monkeypatch.setenv("UNIFIED_EDIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "default_corpus", lambda _model: iter(tiny_texts))
+    wanted = statistics_for(model, tiny_tokenizer, (LAYER,))
+    (path,) = tmp_path.rglob(f"layer-{LAYER}*")
+    collected(model, tiny_tokenizer, tiny_texts).save(path)
+    memory_of(model).clear()
+    again = statistics_for(model, tiny_tokenizer, (LAYER,))
     assert "another weighting" in caplog.text
+    assert again.source.weighting == "tokens"
+    assert torch.equal(again.C0(LAYER), wanted.C0(LAYER))
