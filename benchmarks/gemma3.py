@@ -37,7 +37,8 @@ import torch
 
 import unified_edit as ue
 from unified_edit.editing import Contexts
-from unified_edit.measuring.questions import Sheet, to_table
+from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring.report import to_table
 from unified_edit.measuring.scores import AFTER, BEFORE, summarise
 from unified_edit.model import Encoder, anatomy
 from unified_edit.model.batching import batches_by_length, left_padded

@@ -24,8 +24,8 @@ import torch
 import unified_edit as ue
 from unified_edit.editing.values import Values
 from unified_edit.editing.values_cache import values_for
-from unified_edit.measuring.questions import Sheet, to_table
-from unified_edit.measuring.report import Report
+from unified_edit.measuring.questions import Sheet
+from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import AFTER
 from unified_edit.statistics.cache import statistics_for
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import unified_edit as ue
-from unified_edit.editing.methods import SETTINGS
+from unified_edit.editing import SETTINGS
 from unified_edit.errors import InfeasibleError
 from unified_edit.teaching.exercises import ExerciseError
 from unified_edit.teaching.exercises.bridge import (

@@ -31,6 +31,7 @@ from unified_edit.teaching.exercises.preserving import (
     check_shrink,
 )
 from unified_edit.teaching.exercises.real_locating import check_resampled_interval
+from unified_edit.teaching.exercises.real_model import check_smallest_strength
 from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
@@ -76,6 +77,7 @@ __all__ = [
     "check_restore",
     "check_second_moment",
     "check_shrink",
+    "check_smallest_strength",
     "check_strip",
     "check_value_loss",
     "check_written_share",

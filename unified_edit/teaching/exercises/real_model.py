@@ -48,8 +48,8 @@ TABLES: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = (
         (-5.1, -5, -4.8, -4.5, -4.1, -3.6, -3, -2.3, -1.5, -0.6, 0, 0.9, 2.1, 3.3, 4.4, 5.2, 6),
     ),
     ((0, 0.1, 0.3, 0.6, 1, 1.5, 2, 3), (-2, -1.1, 0.4, 2, 3.1, 3.9, 4.2, 4.4)),
-    ((0.5, 1, 2, 4, 8), (-3, -2, -1.2, -0.7, 0.1)),
-    ((0.2, 0.4, 0.8, 1.6, 3.2), (-0.3, 0.3, 0.9, 2, 3.5)),
+    ((0.5, 1, 2, 3, 7), (-3, -2, -1.2, -0.7, 0.1)),
+    ((0.25, 0.4, 0.8, 1.6, 3.2), (-0.3, 0.3, 0.9, 2, 3.5)),
 )
 
 
@@ -87,20 +87,17 @@ def check_smallest_strength(smallest_strength: Callable[[Sequence[float], Lead],
         what = f"the smallest of {len(strengths)} strengths"
         place = next(i for i, value in enumerate(leads) if value > 0)
         before, first = strengths[place - 1], strengths[place]
+        tie = leads[place - 1] == 0  # then whoever counts it gives what comes just before
         mistakes = {
-            "this is the largest strength at which the new object is *not* yet the likelier one": (
-                before
-            ),
+            "a lead of 0 was counted; the new object must be *more* probable"
+            if tie
+            else "this is the largest strength at which the new object is *not* yet the likelier "
+            "one": before,
             "this lies between two strengths of the list; return the one at which the new object "
             "is the likelier one": (before + first) / 2,
             "this is the place in the list; the strength that stands there is asked for": place,
             "this is the last strength, which is not the smallest that will do": strengths[-1],
         }
-        if leads[place - 1] == 0:
-            mistakes = {
-                "a lead of 0 was counted; the new object must be *more* probable": before,
-                **mistakes,
-            }
         mistakes = {text: value for text, value in mistakes.items() if value != first}
         agree(number(given, what), float(first), what, mistakes)
         if len(asked) > len(strengths).bit_length() + 2:  # both ends may be asked besides
