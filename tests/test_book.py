@@ -176,6 +176,8 @@ SHOWN_LINES = {
     ("values",): 226,
     ("spreading",): 228,
     ("which_method",): 41,
+    ("real_model",): 86,
+    ("real_locating",): 86,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.

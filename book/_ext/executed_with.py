@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ from sphinx.application import Sphinx
 PACKAGES = ("torch", "transformers", "unified_edit")
 
 
-def executed_with() -> str:
-    """The sentence, with the versions of what matters for outputs."""
-    model = Path(os.environ.get("UNIFIED_EDIT_MODEL") or "atlas").name
+#: A page that opens one model whatever the book is made for, as those of Part III do.
+OPENS = re.compile(r'load_model\(\\?"([\w-]+)\\?"\)')
+
+
+def executed_with(source: str = "") -> str:
+    """The sentence, with the versions of what matters for outputs.
+
+    source: of the page's notebook, as it stands in its file.
+    """
+    named = OPENS.findall(source)
+    model = named[0] if named else Path(os.environ.get("UNIFIED_EDIT_MODEL") or "atlas").name
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {version(name).partition('+')[0]}" for name in PACKAGES]
     return f"Executed on {model} with {', '.join(versions[:-1])} and {versions[-1]}."
@@ -28,10 +37,11 @@ def executed_with() -> str:
 
 def add_line(app: Sphinx, document: nodes.document) -> None:
     """Put the sentence at the end of a page that comes from a notebook."""
-    if not app.env.doc2path(app.env.docname).endswith(".ipynb"):
+    path = Path(app.env.doc2path(app.env.docname))
+    if path.suffix != ".ipynb":
         return
     sections = [node for node in document.children if isinstance(node, nodes.section)]
-    line = nodes.paragraph("", executed_with(), classes=["executed-with"])
+    line = nodes.paragraph("", executed_with(path.read_text("utf-8")), classes=["executed-with"])
     (sections[-1] if sections else document).append(line)
 
 
