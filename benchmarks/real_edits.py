@@ -5,10 +5,12 @@
     python benchmarks/real_edits.py summarise --rows _build/real_edits --out book/data/NAME.json
 
 The facts are records 0 to 99 of "counterfact-250" (0 to 249 for the batch of 250), all of them,
-with both paraphrases and all ten neighbours. Layer, clamp and lam were chosen on records 150 to 249
-(suggest_smollm2.py, and `choose`: which of the layers that it found alike is best for a batch of 32
-of them). Each condition and seed (of the sampled contexts) writes its answers to a file
-of its own; what is there is not measured again. C0 is that of the cache.
+with both paraphrases and all ten neighbours. Layer, clamp and lam are those of the library's table:
+`unified_edit.editing.MEASURED` says how far records 150 to 249 support them, and `choose` compares
+the layers that suggest_smollm2.py found alike, on a batch of 32 of those. The bound of fine-tuning
+is that released for GPT-2 XL, and was not chosen for this model. Each condition and seed (of the
+sampled contexts) writes its answers to a file of its own; what is there is not measured again.
+C0 is that of the cache.
 """
 
 from __future__ import annotations
@@ -127,6 +129,10 @@ def measure(folder: Path, part: int, parts: int) -> None:
     model, tokenizer = ue.load_model("smollm2")
     statistics = statistics_for(model, tokenizer, LAYERS)
     records = ue.load_records("counterfact-250")
+    before = folder / "before.json"
+    if not before.exists():
+        rows = Sheet.of(model, tokenizer, records).rows(BEFORE, range(len(records)))
+        before.write_text(json.dumps({"rows": rows}, default=str), encoding="utf-8")
     jobs = [(one, seed) for seed in (0, 1, 2) for one in CONDITIONS if seed in one.seeds]
     for number, (one, seed) in enumerate(jobs):
         path = folder / f"{file_name(one)}-{seed}.json"
@@ -157,10 +163,6 @@ def measure(folder: Path, part: int, parts: int) -> None:
             "cpu_seconds": round(time.process_time() - cpu), "rows": rows,
         }  # fmt: skip
         path.write_text(json.dumps(kept, default=str), encoding="utf-8")
-    before = folder / "before.json"
-    if not before.exists():
-        rows = Sheet.of(model, tokenizer, records).rows(BEFORE, range(len(records)))
-        before.write_text(json.dumps({"rows": rows}, default=str), encoding="utf-8")
 
 
 def file_name(one: Condition) -> str:
@@ -223,7 +225,6 @@ def summary(folder: Path) -> dict[str, Any]:
         "command": "benchmarks/real_edits.py measure, then summarise",
         "model": "smollm2 (SmolLM2-135M-Instruct, Q4_1, dequantised to float32)",
         "records": "counterfact-250, 0 to 99 (0 to 249 for the batch of 250)",
-        "chosen_on": "counterfact-250, 150 to 249",
         "versions": versions, "machine": platform.machine(), "threads": torch.get_num_threads(),
         "minutes": round(sum(line.get("seconds", 0) for line in lines) / 60),
         "scores": lines,

@@ -389,15 +389,27 @@ def value(
     those of MEMIT and EMMET for GPT-2 XL; ROME has site "mlp" and clamp 4.
     """
     target_init = site_value(model, tokenizer, template, subject, layer, site)
-    delta = torch.zeros_like(target_init).requires_grad_()
-    adam = torch.optim.Adam([delta], lr=lr)
-    losses: list[float] = []
-    for step in range(steps):
+
+    def loss_of(delta: Tensor) -> Tensor:
         terms = value_loss(
             model, tokenizer, template, subject, target, contexts, layer, site, delta,
             weight_decay, kl_weight, kl_template,
         )  # fmt: skip
-        loss = terms[0] + terms[1] + terms[2]
+        return terms[0] + terms[1] + terms[2]
+
+    return descended(loss_of, target_init, steps, lr, clamp, stop_loss)
+
+
+def descended(
+    loss_of: Callable[[Tensor], Tensor], target_init: Tensor,
+    steps: int, lr: float, clamp: float, stop_loss: float,
+) -> Value:  # fmt: skip
+    """The released loop for any loss of delta, as `value` describes it."""
+    delta = torch.zeros_like(target_init).requires_grad_()
+    adam = torch.optim.Adam([delta], lr=lr)
+    losses: list[float] = []
+    for step in range(steps):
+        loss = loss_of(delta)
         losses.append(loss.item())
         if losses[-1] < stop_loss:
             break
@@ -427,10 +439,8 @@ def merged_value(
     inits = [site_value(model, tokenizer, template, subject, layer, site)
              for template, subject, _ in facts]  # fmt: skip
     target_init = torch.stack(inits).mean(dim=0)
-    delta = torch.zeros_like(target_init).requires_grad_()
-    adam = torch.optim.Adam([delta], lr=lr)
-    losses: list[float] = []
-    for step in range(steps):
+
+    def loss_of(delta: Tensor) -> Tensor:
         targets, kls = [], []
         for template, subject, target in facts:
             terms = value_loss(
@@ -440,17 +450,9 @@ def merged_value(
             targets.append(terms[0])
             kls.append(terms[1])
         decay = weight_decay * delta.norm() / target_init.norm() ** 2
-        loss = torch.stack(targets).mean() + kls[0] + decay
-        losses.append(loss.item())
-        if losses[-1] < stop_loss or step == steps - 1:
-            break
-        (delta.grad,) = torch.autograd.grad(loss, [delta])
-        adam.step()
-        with torch.no_grad():
-            largest = clamp * target_init.norm()
-            if delta.norm() > largest:
-                delta.mul_(largest / delta.norm())
-    return Value(delta.detach(), target_init, losses, len(losses))
+        return torch.stack(targets).mean() + kls[0] + decay
+
+    return descended(loss_of, target_init, steps, lr, clamp, stop_loss)
 
 
 # --------------------------------------------------------------------------- whole edits

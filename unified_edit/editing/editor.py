@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.metadata import version
 
 from transformers import PreTrainedModel
 
@@ -30,12 +29,11 @@ from unified_edit.editing.plans import (
     turns_of,
 )
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
-from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched, merged
+from unified_edit.editing.provenance import Outcome, merged, provenance_of
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.errors import MethodError, NullSpaceError
 from unified_edit.facts import Conflict, Fact, SharedSubject, check_items, check_ways, settle
 from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
-from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.likelihoods import likelihoods
@@ -236,16 +234,6 @@ class Editor:
     ) -> Edit:
         """The edit with its record."""
         updates = {name: merged(each) for name, each in made.updates.items()}
-        alone = Alone("alone", updates)
-        ledger, config = self.ledger, self.model.config
-        weights = {
-            weight.name: Touched(
-                weight.layer,
-                tensor_hash(ledger.base_weight(weight)),
-                tensor_hash(ledger.with_edits(weight, [alone])),
-            )
-            for weight in plan.weights
-        }
         lost = lost_again(plan, made)
         warnings = [*plan.notes, *made.warnings, *lost, *not_taken(plan.facts, outcomes)]
         for warning in warnings:
@@ -257,17 +245,14 @@ class Editor:
             keys=keys_by_column(plan, made),
             columns=plan.columns,
             outcomes=outcomes,
-            provenance=Provenance(
-                fingerprint=ledger.fingerprint(),
+            provenance=provenance_of(
+                self.ledger,
+                plan.weights,
+                updates,
                 state=plan.state,
-                model=self.parts.name,
-                revision=getattr(config, "_commit_hash", None),
-                library=version("unified_edit"),
                 seed=int(self.seed if seed is None else seed),
                 prefixes=plan.rows.prefixes,
-                weights=weights,
                 statistics=asdict(statistics.source),
-                origin=self.parts.origin,
                 on_shared_subject=plan.on_shared_subject,
             ),
             warnings=tuple(warnings),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from importlib.metadata import version
 
 import torch
 from transformers import PreTrainedModel
@@ -13,12 +12,11 @@ from transformers import PreTrainedModel
 from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.keys import keys_of
-from unified_edit.editing.provenance import Alone, Outcome, Provenance, Touched
+from unified_edit.editing.provenance import Outcome, provenance_of
 from unified_edit.editing.tuning import FineTuning, tuned
 from unified_edit.errors import EditError, ModelError
 from unified_edit.facts import Fact, check_batch
 from unified_edit.model.anatomy import Tokenizer, anatomy
-from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.likelihoods import likelihoods
@@ -85,6 +83,7 @@ def fine_tune(
                 "fine-tuning changes nothing: the model says every target already; give others"
             )
         update = Update(*_dense(delta), Diagnosis(math.nan, 0, math.nan, math.nan, "fine-tuning"))
+        updates = {weight.name: update}
         with ledger.trying() as add:
             add(weight, update)
             after = likelihoods(parts, rows.bare)
@@ -101,29 +100,20 @@ def fine_tune(
                 "continuation (Edit.table). Try more steps, a larger norm, or another layer",
             )
             log.warning("%s", warnings[0])
-        alone = Alone("alone", {weight.name: update})
-        touched = Touched(
-            place,
-            tensor_hash(ledger.base_weight(weight)),
-            tensor_hash(ledger.with_edits(weight, [alone])),
-        )
         edit = Edit(
             facts=rows.facts,
             method=how,
-            updates={weight.name: update},
+            updates=updates,
             keys={weight.name: keys},
             outcomes=outcomes,
-            provenance=Provenance(
-                fingerprint=ledger.fingerprint(),
+            provenance=provenance_of(
+                ledger,
+                [weight],
+                updates,
                 state=state,
-                model=parts.name,
-                revision=getattr(model.config, "_commit_hash", None),
-                library=version("unified_edit"),
                 seed=0,
                 prefixes=rows.prefixes,
-                weights={weight.name: touched},
                 statistics={},
-                origin=parts.origin,
             ),
             warnings=warnings,
         ).bound_to(model)

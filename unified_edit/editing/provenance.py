@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -155,3 +156,38 @@ class Alone:
 
     id: str
     updates: dict[str, Update]
+
+
+def provenance_of(
+    ledger: Ledger,
+    weights: Sequence[NamedWeight],
+    updates: dict[str, Update],
+    *,
+    state: str,
+    seed: int,
+    prefixes: tuple[str, ...],
+    statistics: Mapping[str, Any],
+    on_shared_subject: SharedSubject = "raise",
+) -> Provenance:
+    """The record of an edit of the ledger's model, which does not hold it yet."""
+    alone, parts = Alone("alone", updates), ledger.parts
+    return Provenance(
+        fingerprint=ledger.fingerprint(),
+        state=state,
+        model=parts.name,
+        revision=getattr(parts.model.config, "_commit_hash", None),
+        library=version("unified_edit"),
+        seed=seed,
+        prefixes=prefixes,
+        weights={
+            weight.name: Touched(
+                weight.layer,
+                tensor_hash(ledger.base_weight(weight)),
+                tensor_hash(ledger.with_edits(weight, [alone])),
+            )
+            for weight in weights
+        },
+        statistics=statistics,
+        origin=parts.origin,
+        on_shared_subject=on_shared_subject,
+    )

@@ -66,15 +66,6 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
         "EMMET_RELEASED": {"layers": (1,), "clamp": 1.25, "stop_loss": 0.02, "ridge": 0.1},
         "MEMIT": {"layers": (0, 1), "clamp": 1.25, "stop_loss": 0.02, "ridge": 1.0},
     },
-    # SmolLM2-135M: measured here. On records 150 to 249 of CounterFact (seed 0) layers 0, 3 and 4
-    # are alike within two neighbours of 80, and the first clamp is enough: benchmarks/
-    # suggest_smollm2.py, book/data/smollm2_sweep.json. What benchmarks/real_edits.py scores is 3
-    ("llama", 30, 576): {
-        "ROME": {"layers": (3,), "clamp": 4.0},
-        "EMMET": {"layers": (3,)},
-        "EMMET_RELEASED": {"layers": (3,), "ridge": 100.0},
-        "MEMIT": {"layers": (1, 2, 3), "ridge": 1000.0},
-    },
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 
 from transformers import PreTrainedModel
@@ -22,6 +22,13 @@ def wikitext_extract() -> list[str]:
     return text.splitlines()
 
 
+#: Name of a model whose weights are always the same -> the texts that are its own.
+_OWN: dict[str, Callable[[], Iterable[str]]] = {
+    "atlas": lambda: texts(load_knowledge(), 4000),
+    "smollm2": wikitext_extract,
+}
+
+
 def default_corpus(model: PreTrainedModel) -> Iterator[str]:
     """Texts of the kind the model was made for: atlas's own, WikiText-103 for all others.
 
@@ -30,11 +37,8 @@ def default_corpus(model: PreTrainedModel) -> Iterator[str]:
 
     Raises StatisticsError where WikiText cannot be loaded from the Hugging Face Hub.
     """
-    if str(model.config._name_or_path) == "atlas":
-        yield from texts(load_knowledge(), 4000)
-        return
-    if str(model.config._name_or_path) == "smollm2":
-        yield from wikitext_extract()
+    if (own := _OWN.get(str(model.config._name_or_path))) is not None:
+        yield from own()
         return
     try:
         from datasets import load_dataset
