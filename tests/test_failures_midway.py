@@ -225,7 +225,7 @@ FAILING = pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(er
         ("unified_edit.editing.values.log_probabilities", 6),
         ("unified_edit.editing.layer_loop.solve", 2),
         ("unified_edit.editing.layer_loop.likelihoods", 1),
-        ("unified_edit.editing.editor.tensor_hash", 1),
+        ("unified_edit.model.ledger.tensor_hash", 2),
     ],
     ids=lambda value: value.rpartition(".")[2] if isinstance(value, str) else "",
 )
