@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from unified_edit.editing import Edit, Editor, edit
-from unified_edit.editing.edits import FORMAT as EDIT_FORMAT
+from unified_edit.editing.edit_files import FORMAT as EDIT_FORMAT
 from unified_edit.errors import EditError, EditFileError, StatisticsFileError
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.statistics import KeyStatistics

@@ -1,7 +1,7 @@
 """Editing: methods, keys, values, and what is written into a model with them."""
 
 from unified_edit.editing.choices import Choice
-from unified_edit.editing.editor import Editor, edit, optimise_values
+from unified_edit.editing.editor import Editor
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.fine_tuning import fine_tune
 from unified_edit.editing.keys import (
@@ -21,6 +21,7 @@ from unified_edit.editing.methods import (
     Method,
 )
 from unified_edit.editing.more_settings import MEASURED, PUBLISHED
+from unified_edit.editing.one_call import edit, optimise_values
 from unified_edit.editing.opening import load_model
 from unified_edit.editing.plans import Plan
 from unified_edit.editing.prefixes import Contexts, sample_prefixes

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import whole_number
+from unified_edit.arguments import as_path, whole_number
+from unified_edit.editing.consecutive import Undone, drift, resume, retention, save, undo
 from unified_edit.editing.edits import Edit
+from unified_edit.editing.histories import NO_PAST, History, Met, check_history, past_of
 from unified_edit.editing.layer_loop import (
     Written,
-    keys_by_column,
+    by_column,
     lost_again,
     not_taken,
     outcomes_of,
@@ -31,15 +35,18 @@ from unified_edit.editing.plans import (
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
 from unified_edit.editing.provenance import Outcome, merged, provenance_of
 from unified_edit.editing.values import Values, compute_values
-from unified_edit.errors import MethodError, NullSpaceError
+from unified_edit.errors import EditFileError, MethodError, NullSpaceError
 from unified_edit.facts import Conflict, Fact, SharedSubject, check_items, check_ways, settle
-from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
+from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer, anatomy
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.likelihoods import likelihoods
 from unified_edit.model.memory import Memory, memory_of
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics import KeyStatistics, statistics_for
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +64,8 @@ class Editor:
     >>> editor.edit([fact]); editor.active; editor.reset()      # doctest: +SKIP
 
     method, statistics, seed, on_shared_subject, on_conflict: used where `edit` is given none.
+    history: how what the active edits wrote counts for the next one (`histories`): "soft", "hard",
+        or None, not at all. The updates of all batches then add up to one solution of all pairs.
     """
 
     def __init__(
@@ -69,13 +78,16 @@ class Editor:
         seed: int = 0,
         on_shared_subject: SharedSubject = "raise",
         on_conflict: Conflict = "raise",
+        history: History | None = None,
     ) -> None:
         check_ways(on_shared_subject, on_conflict)
+        check_history(history)
         self.ledger: Ledger = ledger_of(model)
         self.memory: Memory = memory_of(model)
         self.tokenizer, self.method, self.seed = tokenizer, method, seed
         self.statistics = statistics
         self.on_shared_subject, self.on_conflict = on_shared_subject, on_conflict
+        self.history: History | None = history
 
     @property
     def model(self) -> PreTrainedModel:
@@ -95,6 +107,52 @@ class Editor:
     def reset(self) -> None:
         """Take out all edits: the model is its base again, bit for bit."""
         self.ledger.activate(())
+
+    def undo(self, edit: Edit, *, replay: bool = False) -> Undone:
+        """Take an edit out, whichever came after it, and say which facts of those were lost by it.
+
+        Later updates stay as they are, bit for bit: they were made on the model with it. With
+        `replay` the pairs of keys and values that they recorded are solved for once more, as if
+        the edit had not been there; no value is optimised anew. On any failure nothing changes.
+
+        Raises EditError if it is not in force, or if later ones cannot be replayed because they
+        were made without a history; ModelChangedError if something else changed a weight.
+        """
+        return undo(self, edit, replay)
+
+    def retention(self) -> pd.DataFrame:
+        """One row a fact of each active edit: its target's probability then and now.
+
+        Columns: edit (number, from 0), prompt, target, then, now, likeliest then, likeliest now,
+        replaced (whether a later edit has written it anew).
+        """
+        return retention(self)
+
+    def drift(self) -> pd.DataFrame:
+        """One row for each active edit and layer: how far its keys have moved since.
+
+        Columns: edit, layer, facts, keys moved (norm(K_now - K_then) / norm(K_then)), missed
+        (norm(W K_then - V) / norm(V - W0 K_then), W before it is rounded: zero with a hard
+        history), missed at keys now (the same with K_now, which is what the model looks up).
+        NaN for edits without a history, which did not record V. FineTuning has no row.
+        """
+        return drift(self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the active edits into a folder, for `resume` in a later process.
+
+        A file an edit, and history.json, which is written last; files that are there already are
+        kept, so it costs little after every batch. Raises EditFileError if it cannot be written.
+        """
+        save(self, as_path(folder, "the folder of the edits", EditFileError))
+
+    def resume(self, folder: str | Path) -> tuple[Edit, ...]:
+        """Apply the edits that `save` wrote, in order; more can follow. Returns them.
+
+        Raises EditFileError if the folder is not whole, of another model, or of another history;
+        EditError if edits are in force. The model is then as it was.
+        """
+        return resume(self, as_path(folder, "the folder of the edits", EditFileError))
 
     def prefixes(self, contexts: Contexts, seed: int | None = None) -> tuple[str, ...]:
         """The bare prompt's empty prefix and those of `contexts`, sampled from the base model.
@@ -131,7 +189,7 @@ class Editor:
         conflict = self.on_conflict if on_conflict is None else on_conflict
         check_ways(way, conflict)
         whole = batch or way == "merge"
-        items, notes = settle(facts, conflict) if whole else (check_items(facts), [])
+        given, notes = settle(facts, conflict) if whole else (check_items(facts), [])
         method = self.method if method is None else method
         if not isinstance(method, Method):
             raise MethodError(
@@ -142,6 +200,12 @@ class Editor:
         assert resolved.layers is not None
         self.ledger.verify()
         state = self.ledger.state()  # looks for NaN too, where the weights are new
+        past, met = NO_PAST, Met(given, [], ())
+        if batch and self.history is not None:
+            past, met = past_of(
+                self.active, self.memory, self.history, given, resolved, way, conflict
+            )
+        items, notes = met.facts, [*notes, *met.notes]
         check_value_is_read(parts, items, resolved)
         weights = tuple(parts.weight(layer) for layer in resolved.layers)
         columns = columns_of(items, way)
@@ -151,7 +215,9 @@ class Editor:
                 check_room(resolved, len({columns[place] for place in turn}), weights)
         encoder = Encoder(self.tokenizer, parts)
         rows = encoder.fact_rows(items, self.prefixes(resolved.contexts, seed))
-        return Plan(resolved, rows, weights, state, columns, turns, tuple(notes), way)
+        return Plan(
+            resolved, rows, weights, state, columns, turns, tuple(notes), way, past, met.replaces
+        )
 
     def edit(
         self,
@@ -177,21 +243,20 @@ class Editor:
             parts = self.parts
             if values is not None:
                 values = checked_values(values, plan)
-            statistics = self.statistics if statistics is None else statistics
-            if statistics is not None:
-                check_statistics(statistics, self.ledger, plan.weights)
+            given = self.statistics if statistics is None else statistics
+            if given is not None:
+                check_statistics(given, self.ledger, plan.weights)
             for weight in plan.weights:
                 self.ledger.probe(weight, plan.method.site(parts, weight.layer))
-            if statistics is None:  # last, because it may take hours
-                statistics = statistics_for(self.model, self.tokenizer, plan.layers)
-                check_statistics(statistics, self.ledger, plan.weights)
+            # last, because it may take hours
+            statistics = self.statistics_for(plan.weights) if given is None else given
             before = likelihoods(parts, plan.rows.bare)
             try:
                 made = write(parts, self.ledger, plan, statistics, values)
             except NullSpaceError as problem:
                 if statistics.source.shrinkage:
                     raise
-                statistics = self._shrunk(statistics)
+                statistics = self.shrunk(statistics)
                 made = write(parts, self.ledger, plan, statistics, values)
                 made.warnings.insert(0, f"{problem}. C0 was shrunk by {SHRINKAGE:g} for this edit")
             outcomes = outcomes_of(plan, made, before)
@@ -215,7 +280,16 @@ class Editor:
             )
             return compute_values(self.parts, plan.rows, plan.method, plan.conditions, plan.columns)
 
-    def _shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
+    def statistics_for(self, weights: Sequence[NamedWeight]) -> KeyStatistics:
+        """Those of the editor, or else of the cache, or collected; of these weights' layers."""
+        found = self.statistics
+        if found is None:
+            layers = [weight.layer for weight in weights]
+            found = statistics_for(self.model, self.tokenizer, layers)
+        check_statistics(found, self.ledger, weights)
+        return found
+
+    def shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
         """The statistics with C0 made invertible everywhere; kept, as it costs a factor."""
         key = ("shrunk", statistics.source, statistics.layers, SHRINKAGE)
         found: KeyStatistics | None = self.memory.get(key)
@@ -242,8 +316,9 @@ class Editor:
             facts=plan.facts,
             method=plan.method,
             updates=updates,
-            keys=keys_by_column(plan, made),
+            keys=by_column(plan, made.keys),
             columns=plan.columns,
+            targets=by_column(plan, made.targets),
             outcomes=outcomes,
             provenance=provenance_of(
                 self.ledger,
@@ -254,74 +329,8 @@ class Editor:
                 prefixes=plan.rows.prefixes,
                 statistics=asdict(statistics.source),
                 on_shared_subject=plan.on_shared_subject,
+                history=plan.past.kind,
+                replaces=plan.replaces,
             ),
             warnings=tuple(warnings),
         ).bound_to(self.model)
-
-
-def edit(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    facts: Iterable[Fact] | Fact,
-    method: Method = EMMET,
-    *,
-    statistics: KeyStatistics | None = None,
-    values: Values | None = None,
-    seed: int = 0,
-    apply: bool = True,
-    on_shared_subject: SharedSubject = "raise",
-    on_conflict: Conflict = "raise",
-) -> Edit:
-    """Write facts into the model; return the `Edit`, which can be undone, saved and exported.
-
-    model, tokenizer: from `load_model`, or any causal language model of a known family with its
-        fast tokenizer. Edits already active stay: the new one is computed on the model as it is.
-    facts: at least one; identical ones are merged.
-    method: ROME, EMMET, MEMIT, or one of your own (`Method`).
-    statistics: C0 of the method's layers; without it they are looked up in the cache, or
-        collected from the model's default corpus and kept. Where the keys of the facts reach into
-        directions that no preserved key has, C0 is shrunk, and the edit says so.
-    values: targets from `optimise_values` for the same method, seed and state of the model;
-        optimised here if not given. Not for facts that are written in several turns.
-    seed: of the sampled prefixes.
-    apply: with False the model stays as it was; look at the edit, then ``edit.apply()``.
-    on_shared_subject: "raise": an equality refuses facts about one subject, whose keys are nearly
-        the same, and with a ridge the edit warns of them. "merge": one value for all facts of a
-        subject, written at the mean of their keys (MEMIT-Merge, arXiv 2502.07322). "split": as few
-        batches as are needed to have no subject twice in one, each with values found on the model
-        edited so far, as one edit; facts that a later batch destroys are named in a warning.
-    on_conflict: of facts with the same prompt and subject and different targets: "raise", or the
-        "last" one wins, which the edit says.
-
-    Facts whose target is not the likeliest continuation of their prompt afterwards are counted in
-    a warning; `Edit.table` shows the probability of each before and after.
-
-    Raises FactError (ContradictionError, SharedSubjectError, TokenizationError) for facts that
-    cannot be edited together, MethodError, ModelError, StatisticsError, InfeasibleError, EditError
-    for what their names say. On any failure every weight, flag and hook is as it was.
-    """
-    editor = Editor(
-        model, tokenizer, seed=seed, on_shared_subject=on_shared_subject, on_conflict=on_conflict
-    )
-    return editor.edit(facts, method, statistics=statistics, values=values, apply=apply)
-
-
-def optimise_values(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    facts: Iterable[Fact] | Fact,
-    method: Method = EMMET,
-    *,
-    seed: int = 0,
-    on_shared_subject: SharedSubject = "raise",
-) -> Values:
-    """The values v* of facts on the model as it is: the slow part of `edit`, to be reused.
-
-    Values do not depend on the other facts of a batch, so those of many facts can be optimised
-    once and then edited singly, in batches, or by other methods with the same site, layer and
-    contexts. With `on_shared_subject` "merge" the facts of a subject have one value, which serves
-    them all together and no other selection of them. Raises what `edit` raises.
-    """
-    return Editor(model, tokenizer, seed=seed).optimise_values(
-        facts, method, on_shared_subject=on_shared_subject
-    )

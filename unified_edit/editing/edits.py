@@ -8,26 +8,25 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path, whole_number
+from unified_edit.editing.edit_files import FORMAT, description_of, fields_of, read, tensors_of
 from unified_edit.editing.methods import Method
 from unified_edit.editing.provenance import (
     Outcome,
     Provenance,
-    Touched,
     check_alone,
     check_arrived,
 )
 from unified_edit.editing.tuning import FineTuning
-from unified_edit.errors import EditError, EditFileError, UnifiedEditError
+from unified_edit.errors import EditError, EditFileError
 from unified_edit.facts import Fact
 from unified_edit.model.hooks import lock_of
 from unified_edit.model.ledger import Ledger, ledger_of
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = "unified_edit.edit/2"
-
 
 @dataclass(frozen=True, eq=False)
 class Edit:
@@ -49,6 +46,8 @@ class Edit:
     updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, what the
     update was solved for. columns: for each fact its column there, one of its own unless facts of
     one subject were merged. outcomes: one a fact. warnings: what a user should know about it.
+    targets: {name: V (d_out x columns)}, what the weight was to give for its keys; only where
+    the edit was made with a history.
     """
 
     facts: tuple[Fact, ...]
@@ -59,6 +58,7 @@ class Edit:
     provenance: Provenance
     warnings: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
     _model: weakref.ref[PreTrainedModel] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Edit:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits, from everything that the edit does and comes from."""
-        digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(description_of(self), sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     @property
@@ -222,35 +222,13 @@ class Edit:
 
     # -- on disk ------------------------------------------------------------------------------
 
-    def _description(self) -> dict[str, Any]:
-        described: dict[str, Any] = {
-            "facts": [asdict(fact) for fact in self.facts],
-            "method": self.method.to_dict(),
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-            "diagnosis": {name: asdict(one.diagnosis) for name, one in self.updates.items()},
-            "provenance": asdict(self.provenance),
-            "warnings": list(self.warnings),
-        }
-        # where nothing was merged or split, as before there was a choice: edits keep their ids
-        if described["provenance"]["on_shared_subject"] == "raise":
-            del described["provenance"]["on_shared_subject"]
-        else:
-            described["columns"] = list(self.columns)
-        return described
-
     def save(self, path: str | Path) -> None:
         """Write the edit as a safetensors file: factors, keys, facts, method and provenance.
 
         Raises EditFileError if it cannot be written.
         """
-        tensors = {f"keys.{name}": keys for name, keys in self.keys.items()}
-        for name, update in self.updates.items():
-            if update.is_dense:
-                tensors[f"delta.{name}"] = update.delta
-            else:
-                tensors[f"left.{name}"], tensors[f"right.{name}"] = update.left, update.right
         place = as_path(path, "the path of the edit", EditFileError)
-        write_safetensors(place, tensors, FORMAT, self._description(), EditFileError)
+        write_safetensors(place, tensors_of(self), FORMAT, description_of(self), EditFileError)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
@@ -260,50 +238,7 @@ class Edit:
         """
         place = as_path(path, "the path of the edit", EditFileError)
         tensors, meta = read_safetensors(place, FORMAT, EditFileError)
-        try:
-            weights = {
-                name: Touched(**touched) for name, touched in meta["provenance"]["weights"].items()
-            }
-            prefixes = tuple(meta["provenance"]["prefixes"])
-            kind = FineTuning if "norm" in meta["method"] else Method
-            edit = cls(
-                facts=tuple(Fact(**fact) for fact in meta["facts"]),
-                method=kind.from_dict(meta["method"]),
-                updates={
-                    name: _update(tensors, name, Diagnosis(**diagnosis))
-                    for name, diagnosis in meta["diagnosis"].items()
-                },
-                keys={name: tensors[f"keys.{name}"] for name in meta["diagnosis"]},
-                outcomes=tuple(
-                    Outcome(**{**one, "losses": tuple(one["losses"])}) for one in meta["outcomes"]
-                ),
-                provenance=Provenance(
-                    **{**meta["provenance"], "weights": weights, "prefixes": prefixes}
-                ),
-                warnings=tuple(meta["warnings"]),
-                columns=tuple(meta.get("columns", ())),
-            )
-            edit._check_complete()
-        except (AttributeError, LookupError, TypeError, ValueError, UnifiedEditError) as problem:
-            raise EditFileError(
-                f"{path}: the description of the edit is incomplete or malformed ({problem!r}); "
-                "make the edit again"
-            ) from problem
-        return edit
-
-    def _check_complete(self) -> None:
-        """Raise ValueError unless the parts of an edit that was read belong together."""
-        if not self.facts or len(self.facts) != len(self.outcomes):
-            raise ValueError(f"{len(self.facts)} facts and {len(self.outcomes)} outcomes")
-        wide = len(set(self.columns))
-        if sorted(set(self.columns)) != list(range(wide)) or len(self.columns) != len(self.facts):
-            raise ValueError(f"columns {self.columns} for {len(self.facts)} facts")
-        if not self.updates or set(self.provenance.weights) != set(self.updates):
-            raise ValueError(f"Delta of {set(self.updates)}, hashes of {self.provenance.weights}")
-        for name, update in self.updates.items():
-            shape = (update.right.shape[1], wide)
-            if tuple(self.keys[name].shape) != shape:
-                raise ValueError(f"keys of {name} are {tuple(self.keys[name].shape)}, not {shape}")
+        return read(path, lambda: cls(**fields_of(tensors, meta)))
 
     def to_peft(self, folder: str | Path) -> None:
         """Write the edit as a LoRA adapter that PEFT loads onto the unedited model.
@@ -332,19 +267,3 @@ class Edit:
         more = f" and {len(self.facts) - 1} more" if len(self.facts) > 1 else ""
         state = "applied" if self.is_applied else "not applied"
         return f"<Edit by {self.method.name} at layers {self.layers}: {first}{more}; {state}>"
-
-
-def _update(tensors: dict[str, Tensor], name: str, diagnosis: Diagnosis) -> Update:
-    if f"delta.{name}" in tensors:
-        delta = tensors[f"delta.{name}"]
-        if delta.shape[0] <= delta.shape[1]:
-            left, right = torch.eye(delta.shape[0], dtype=delta.dtype), delta
-        else:
-            left, right = delta, torch.eye(delta.shape[1], dtype=delta.dtype)
-    else:
-        left, right = tensors[f"left.{name}"], tensors[f"right.{name}"]
-    if left.ndim != 2 or right.ndim != 2:
-        raise ValueError(f"the factors of {name} are no matrices")
-    if left.shape[1] != right.shape[0] or not (left.isfinite().all() and right.isfinite().all()):
-        raise ValueError(f"the factors of {name} do not fit or are not finite")
-    return Update(left, right, diagnosis)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from unified_edit.editing.histories import Batch, Past, updates_at, values_of
 from unified_edit.editing.keys import column_means, keys_of, values_at
 from unified_edit.editing.methods import Method
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
@@ -28,12 +29,14 @@ from unified_edit.statistics import KeyStatistics
 class Written:
     """What came of writing some facts, in order.
 
-    updates, keys: by name of a weight, one for each turn. after: the likelihood of each target with
+    updates, keys, targets: by name of a weight, one for each turn; the targets are the V of a
+    history, and there is none without. after: the likelihood of each target with
     all of them. took: whether greedy decoding gave it after its own turn, if that was asked.
     """
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
     keys: dict[str, list[Tensor]] = field(default_factory=dict)
+    targets: dict[str, list[Tensor]] = field(default_factory=dict)
     values: list[Values] = field(default_factory=list)
     after: list[Likelihood] = field(default_factory=list)
     took: list[bool] = field(default_factory=list)
@@ -57,9 +60,15 @@ def write(
     made = Written()
     turns = [plan.of(turn) for turn in plan.turns]
     watched = plan.on_shared_subject == "split" and bool(shared_subjects(plan.facts))
+    past = replace(plan.past, origin=(statistics.source, plan.method.preservation))
     with ledger.trying() as add:
-        for turn in turns:
-            _write_one(parts, turn, statistics, values, made, add)
+        for number, turn in enumerate(turns):
+            if number and past.kind is not None:
+                keys = {name: each[-1] for name, each in made.keys.items()}
+                before = turns[number - 1]
+                batch = Batch(f"turn {number}", before.facts, before.columns, keys)
+                past = past.and_then(batch, turn.facts)
+            _write_one(parts, ledger, turn, past, statistics, values, made, add)
             if watched:
                 made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
         made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
@@ -68,7 +77,9 @@ def write(
 
 def _write_one(
     parts: Anatomy,
+    ledger: Ledger,
     plan: Plan,
+    past: Past,
     statistics: KeyStatistics,
     values: Values | None,
     made: Written,
@@ -88,7 +99,7 @@ def _write_one(
     else:
         made.warnings += check_subjects(method, plan.facts, first_keys)
     made.warnings += check_first_place(parts, rows, plan.layers[0])
-    metric = method.preservation(statistics, plan.weights[0])
+    metric = past.metric(method.preservation(statistics, plan.weights[0]), plan.weights[0], ridge)
     if ridge == 0 and method.infeasible == "raise":
         # a batch that cannot be held is refused before its values are optimised
         feasible(metric, first_keys, names=names).require()
@@ -100,7 +111,7 @@ def _write_one(
         if place == 0:
             keys, residual = first_keys, values.delta  # nothing has changed since
         else:
-            metric = method.preservation(statistics, weight)
+            metric = past.metric(method.preservation(statistics, weight), weight, ridge)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
             keys = column_means(keys, columns)
             now = values_at(parts, rows, values.layer, method.site)
@@ -114,16 +125,20 @@ def _write_one(
             infeasible=method.infeasible,
             names=names,
         )
+        if past.kind is not None:
+            written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]
+            now = values_of(ledger, weight, keys, written)
+            made.targets.setdefault(weight.name, []).append(now + (share * residual).to(now.dtype))
         add(weight, update)
         made.updates.setdefault(weight.name, []).append(update)
         made.keys.setdefault(weight.name, []).append(keys)
 
 
-def keys_by_column(plan: Plan, made: Written) -> dict[str, Tensor]:
-    """K of each weight, (d_in x columns), in the order of the plan's columns."""
+def by_column(plan: Plan, of_turns: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """K or V of each weight, (d x columns), in the order of the plan's columns."""
     written = [c for turn in plan.turns for c in dict.fromkeys(plan.columns[i] for i in turn)]
     order = sorted(range(len(written)), key=written.__getitem__)
-    return {name: torch.cat(each, dim=1)[:, order] for name, each in made.keys.items()}
+    return {name: torch.cat(list(each), dim=1)[:, order] for name, each in of_turns.items()}
 
 
 def outcomes_of(plan: Plan, made: Written, before: Sequence[Likelihood]) -> tuple[Outcome, ...]:

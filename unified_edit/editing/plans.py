@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unified_edit.editing.histories import NO_PAST, Column, Past
 from unified_edit.editing.keys import column_means
 from unified_edit.editing.methods import Method
 from unified_edit.editing.values import Values
@@ -42,6 +43,7 @@ class Plan:
     columns: for each fact its column in K and R; facts with one value (`SharedSubject`) have one.
     turns: the places of the facts that are written together, turn by turn.
     notes: what a user should know about the choice of facts.
+    past: what earlier edits wrote, and how it counts; replaces: columns of theirs written anew.
     """
 
     method: Method
@@ -52,6 +54,8 @@ class Plan:
     turns: tuple[tuple[int, ...], ...]
     notes: tuple[str, ...] = ()
     on_shared_subject: SharedSubject = "raise"
+    past: Past = NO_PAST
+    replaces: tuple[Column, ...] = ()
 
     @property
     def facts(self) -> tuple[Fact, ...]:

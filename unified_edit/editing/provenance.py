@@ -44,6 +44,8 @@ class Provenance:
     weights: {name: `Touched`} of each weight that is edited. statistics: the `Source` of C0.
     origin: of a dequantised model, its file, how that was quantised, and its SHA-256.
     on_shared_subject: what was to be done with facts of one subject.
+    history: how the keys of earlier edits counted. replaces: their columns, (id, number), whose
+    facts this edit writes anew.
     """
 
     fingerprint: str
@@ -57,6 +59,8 @@ class Provenance:
     statistics: Mapping[str, Any]
     origin: str | None = None
     on_shared_subject: SharedSubject = "raise"
+    history: str | None = None
+    replaces: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ def provenance_of(
     prefixes: tuple[str, ...],
     statistics: Mapping[str, Any],
     on_shared_subject: SharedSubject = "raise",
+    history: str | None = None,
+    replaces: tuple[tuple[str, int], ...] = (),
 ) -> Provenance:
     """The record of an edit of the ledger's model, which does not hold it yet."""
     alone, parts = Alone("alone", updates), ledger.parts
@@ -190,4 +196,6 @@ def provenance_of(
         statistics=statistics,
         origin=parts.origin,
         on_shared_subject=on_shared_subject,
+        history=history,
+        replaces=replaces,
     )

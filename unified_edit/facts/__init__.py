@@ -11,11 +11,12 @@ from unified_edit.facts.batches import (
     shared_subjects,
     subject_batches,
     subject_columns,
+    subject_key,
 )
 from unified_edit.facts.facts import Fact, Probe, Record
 from unified_edit.facts.readers import read_facts, read_records
 
 __all__ = (
     "Conflict Fact Probe Record SharedSubject check_batch check_items check_ways members_of "
-    "read_facts read_records settle shared_subjects subject_batches subject_columns"
+    "read_facts read_records settle shared_subjects subject_batches subject_columns subject_key"
 ).split()

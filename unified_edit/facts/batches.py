@@ -102,12 +102,19 @@ def settle(
     return [fact for _, fact in merged.values()], overruled
 
 
+def subject_key(fact: Fact) -> str:
+    """What facts about one subject have in common.
+
+    Upper and lower case, repeated blanks and the Unicode form of accents make no difference.
+    """
+    return unicodedata.normalize("NFC", " ".join(fact.subject.split()).casefold())
+
+
 def _by_subject(facts: Sequence[Fact]) -> list[list[int]]:
     """The places of the facts of each subject, by first occurrence."""
     groups: dict[str, list[int]] = {}
     for index, fact in enumerate(facts):
-        same = unicodedata.normalize("NFC", " ".join(fact.subject.split()).casefold())
-        groups.setdefault(same, []).append(index)
+        groups.setdefault(subject_key(fact), []).append(index)
     return list(groups.values())
 
 

@@ -1,0 +1,321 @@
+"""What is done with all edits of a model: undone, replayed, asked again, kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unified_edit.editing.edits import Edit
+from unified_edit.editing.histories import (
+    Column,
+    History,
+    Past,
+    batches_of,
+    replaced_by,
+    updates_at,
+    values_of,
+)
+from unified_edit.editing.keys import column_means, keys_of
+from unified_edit.editing.methods import Method
+from unified_edit.editing.provenance import Alone, provenance_of
+from unified_edit.errors import EditError, EditFileError, NullSpaceError
+from unified_edit.facts import Fact
+from unified_edit.model.anatomy import NamedWeight
+from unified_edit.model.hooks import lock_of, quiet
+from unified_edit.model.ledger import Entry
+from unified_edit.model.likelihoods import Likelihood, likelihoods
+from unified_edit.model.prompts import Encoder
+from unified_edit.model.tensor_files import written_whole
+from unified_edit.objective import Update, solve
+from unified_edit.statistics import KeyStatistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from unified_edit.editing.editor import Editor
+
+INDEX, INDEX_KIND = "history.json", "unified_edit.history/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Undone:
+    """What came of undoing an edit that others followed.
+
+    edit: the one that was taken out. lost: facts of later edits whose target was the likeliest
+    continuation before and is not now; gained: the other way round. replayed: the later edits as
+    they are now, solved again, if that was asked for.
+    """
+
+    edit: Edit
+    lost: tuple[Fact, ...]
+    gained: tuple[Fact, ...]
+    replayed: tuple[Edit, ...] = ()
+
+
+def undo(editor: Editor, edit: Edit, again: bool) -> Undone:
+    """`Editor.undo`."""
+    ledger, model = editor.ledger, editor.model
+    with quiet(model), lock_of(model):
+        active = editor.active
+        place = next((i for i, one in enumerate(active) if one.id == edit.id), None)
+        if place is None:
+            raise EditError(
+                "this edit is not in force in the editor's model, so it cannot be undone; "
+                "editor.active has those that are"
+            )
+        earlier, later = active[:place], active[place + 1 :]
+        facts = [fact for one in later for fact in one.facts]
+        before = _asked(editor, facts)
+        others = tuple(entry for entry in ledger.active if not isinstance(entry, Edit))
+        with ledger.rollback():
+            ledger.activate((*others, *earlier, *later))
+            replayed = _replayed(editor, others, earlier, later) if again and later else ()
+            if replayed:
+                ledger.activate((*others, *earlier, *replayed))
+        after = _asked(editor, facts)
+        pairs = list(zip(facts, before, after, strict=True))
+        return Undone(
+            edit,
+            lost=tuple(fact for fact, old, new in pairs if old.greedy and not new.greedy),
+            gained=tuple(fact for fact, old, new in pairs if new.greedy and not old.greedy),
+            replayed=replayed,
+        )
+
+
+def _asked(editor: Editor, facts: Sequence[Fact]) -> list[Likelihood]:
+    """How likely the targets of facts are now, behind their bare prompts."""
+    if not facts:
+        return []
+    parts = editor.parts
+    return likelihoods(parts, Encoder(editor.tokenizer, parts).fact_rows(facts, [""]).bare)
+
+
+def _replayed(
+    editor: Editor, others: tuple[Entry, ...], earlier: Sequence[Edit], later: Sequence[Edit]
+) -> tuple[Edit, ...]:
+    """Later edits solved again for the pairs that they recorded; nothing is optimised anew."""
+    made: list[Edit] = []
+    ids: dict[str, str] = {}
+    for edit in later:
+        if not isinstance(edit.method, Method) or not edit.targets:
+            raise EditError(
+                f"edit {edit.id} was made without a history, so what it wrote at each weight was "
+                "not recorded and cannot be solved for again; undo it, and make it again "
+                "(or leave replay=True out)"
+            )
+        replaces = tuple((ids.get(id_, id_), column) for id_, column in edit.provenance.replaces)
+        new = _solved_again(editor, others, [*earlier, *made], edit, replaces)
+        ids[edit.id] = new.id
+        made.append(new)
+    return tuple(made)
+
+
+def _solved_again(
+    editor: Editor,
+    others: tuple[Entry, ...],
+    earlier: Sequence[Edit],
+    edit: Edit,
+    replaces: tuple[Column, ...],
+) -> Edit:
+    ledger, parts, method = editor.ledger, editor.parts, edit.method
+    assert isinstance(method, Method)
+    recorded = edit.provenance
+    weights = [parts.named(name) for name in edit.updates]
+    ridge = method.ridge_for(len(set(edit.columns)))
+    statistics = editor.statistics_for(weights)
+    past = Past(
+        edit_history(edit),
+        batches_of(earlier),
+        replaced_by(earlier) | set(replaces),
+        (statistics.source, method.preservation),
+        editor.memory,
+    )
+
+    def solved(statistics: KeyStatistics) -> dict[str, Update]:
+        found = {}
+        for weight in weights:
+            K, V = edit.keys[weight.name], edit.targets[weight.name]
+            metric = past.metric(method.preservation(statistics, weight), weight, ridge)
+            R = V - values_of(ledger, weight, K, updates_at(weight, (*others, *earlier)))
+            found[weight.name] = solve(metric, K, R, ridge=ridge, infeasible=method.infeasible)
+        return found
+
+    try:
+        updates = solved(statistics)
+    except NullSpaceError:
+        statistics = editor.shrunk(statistics)
+        past = replace(past, origin=(statistics.source, method.preservation), _made={})
+        updates = solved(statistics)
+    with ledger.state_kept():
+        alone = Alone("replayed", updates)
+        ledger.activate((*others, *earlier, alone))
+        after = _asked(editor, edit.facts)
+    return replace(
+        edit,
+        updates=updates,
+        outcomes=tuple(
+            replace(outcome, after=found.probability, likeliest=found.greedy)
+            for outcome, found in zip(edit.outcomes, after, strict=True)
+        ),
+        provenance=provenance_of(
+            ledger,
+            weights,
+            updates,
+            state="+".join([ledger.fingerprint(), *(one.id for one in (*others, *earlier))]),
+            seed=recorded.seed,
+            prefixes=recorded.prefixes,
+            statistics=asdict(statistics.source),
+            on_shared_subject=recorded.on_shared_subject,
+            history=recorded.history,
+            replaces=replaces,
+        ),
+    )
+
+
+def edit_history(edit: Edit) -> History | None:
+    """How what came before counted when an edit was made."""
+    found = edit.provenance.history
+    return "soft" if found == "soft" else "hard" if found == "hard" else None
+
+
+# -- what is left of earlier edits -------------------------------------------------------------
+
+
+def retention(editor: Editor) -> pd.DataFrame:
+    """`Editor.retention`."""
+    import pandas as pd
+
+    active = editor.active
+    with quiet(editor.model):
+        found = iter(_asked(editor, [fact for edit in active for fact in edit.facts]))
+    gone = replaced_by(active)
+    rows = []
+    for number, edit in enumerate(active):
+        each = zip(edit.facts, edit.columns, edit.outcomes, strict=True)
+        for fact, column, outcome in each:
+            now = next(found)
+            rows.append(
+                {
+                    "edit": number,
+                    "prompt": fact.text,
+                    "target": fact.target_new,
+                    "then": outcome.after,
+                    "now": now.probability,
+                    "likeliest then": outcome.likeliest,
+                    "likeliest now": now.greedy,
+                    "replaced": (edit.id, column) in gone,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def drift(editor: Editor) -> pd.DataFrame:
+    """`Editor.drift`."""
+    import pandas as pd
+
+    ledger, parts, active = editor.ledger, editor.parts, editor.active
+    encoder = Encoder(editor.tokenizer, parts)
+    gone = replaced_by(active)
+    rows: list[dict[str, Any]] = []
+    for number, edit in enumerate(active):
+        if not isinstance(edit.method, Method):
+            continue
+        asked = encoder.fact_rows(edit.facts, edit.provenance.prefixes)
+        with quiet(parts.model):
+            now = keys_of(parts, asked, edit.layers, edit.method.key_mean)
+        kept = [c for c in sorted(set(edit.columns)) if (edit.id, c) not in gone]
+        for layer, name in edit.names.items():
+            weight = parts.named(name)
+            then, K = edit.keys[name][:, kept], column_means(now[layer], edit.columns)[:, kept]
+            V = edit.targets[name][:, kept] if edit.targets else torch.empty(0, 0)
+            written = V - values_of(ledger, weight, then, ()) if edit.targets else V
+
+            def missed(K: Tensor, V: Tensor = V, weight: NamedWeight = weight) -> float:
+                found = values_of(ledger, weight, K, updates_at(weight, ledger.active))
+                return float((found - V).norm() / written.norm())  # noqa: B023
+
+            rows.append(
+                {
+                    "edit": number,
+                    "layer": layer,
+                    "facts": len(kept),
+                    "keys moved": float((K - then).norm() / then.norm()),
+                    "missed": missed(then) if edit.targets else float("nan"),
+                    "missed at keys now": missed(K) if edit.targets else float("nan"),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+# -- on disk -----------------------------------------------------------------------------------
+
+
+def save(editor: Editor, folder: Path) -> None:
+    """`Editor.save`."""
+    active = editor.active
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for edit in active:
+            if not (folder / f"{edit.id}.safetensors").exists():
+                edit.save(folder / f"{edit.id}.safetensors")
+        index = {
+            "kind": INDEX_KIND,
+            "fingerprint": editor.ledger.fingerprint(),
+            "model": editor.parts.name,
+            "history": editor.history,
+            "edits": [edit.id for edit in active],
+        }
+        with written_whole(folder / INDEX) as temporary:
+            temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    except OSError as problem:
+        raise EditFileError(
+            f"{folder} cannot be written: {problem}. Give another place, or make room there"
+        ) from problem
+
+
+def resume(editor: Editor, folder: Path) -> tuple[Edit, ...]:
+    """`Editor.resume`."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        ids = [str(id_) for id_ in index["edits"]]
+        if index["kind"] != INDEX_KIND:
+            raise ValueError(f"it is {index['kind']!r}, not {INDEX_KIND!r}")
+        kind, made_for, name = index["history"], index["fingerprint"], index["model"]
+    except (OSError, ValueError, LookupError, TypeError) as problem:
+        raise EditFileError(
+            f"{path} cannot be read ({problem!r}): give the folder that Editor.save wrote"
+        ) from problem
+    found = editor.ledger.fingerprint()
+    if made_for != found:
+        raise EditFileError(
+            f"{folder} holds the edits of {name!r} (base fingerprint {str(made_for)[:12]}), not of "
+            f"this model ({editor.parts.name!r}, {found[:12]}). Load the model they were made for"
+        )
+    if editor.history is not None and kind is not None and editor.history != kind:
+        raise EditFileError(
+            f"the edits of {folder} were made with history={kind!r}, this editor has "
+            f"{editor.history!r}: make it with Editor(..., history={kind!r})"
+        )
+    if editor.ledger.active:
+        raise EditError(
+            f"{len(editor.ledger.active)} edits are in force already; take them out first "
+            "(editor.reset()), or resume into a model as it was loaded"
+        )
+    edits = []
+    for id_ in ids:
+        edit = Edit.load(folder / f"{id_}.safetensors")
+        if edit.id != id_:
+            raise EditFileError(f"{folder / id_}.safetensors holds the edit {edit.id}, not {id_}")
+        edits.append(edit)
+    with editor.ledger.rollback():
+        for edit in edits:
+            edit.apply(editor.model)
+    return tuple(edits)
