@@ -104,6 +104,8 @@ class Past:
             metric = self._with(metric, keys[:, list(columns)], lam)
         self._made[weight.name] = ((lam, *wanted), metric)
         if self.memory is not None and wanted and not any(turn(id_) for id_, _ in wanted):
+            # one a weight: with one for each batch, memory would grow by batches times d^2
+            self.memory.drop(self._key(weight.name, lam, wanted[:count]))
             self.memory.put(self._key(weight.name, lam, wanted), metric, _size(metric))
         return metric
 

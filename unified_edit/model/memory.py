@@ -44,6 +44,10 @@ class Memory:
         while self.size > self.limit:
             self._kept.popitem(last=False)
 
+    def drop(self, key: Hashable) -> None:
+        """Let go of what is kept under `key`, if anything is."""
+        self._kept.pop(key, None)
+
     def clear(self) -> None:
         """Drop everything."""
         self._kept.clear()
