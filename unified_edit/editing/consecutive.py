@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.histories import (
@@ -24,23 +23,46 @@ from unified_edit.editing.histories import (
 from unified_edit.editing.keys import column_means, keys_of
 from unified_edit.editing.methods import Method
 from unified_edit.editing.provenance import Alone, provenance_of
-from unified_edit.errors import EditError, EditFileError, NullSpaceError
+from unified_edit.errors import EditError, NullSpaceError
 from unified_edit.facts import Fact
-from unified_edit.model.anatomy import NamedWeight
+from unified_edit.model.anatomy import Anatomy, NamedWeight, Tokenizer
 from unified_edit.model.hooks import lock_of, quiet
-from unified_edit.model.ledger import Entry
+from unified_edit.model.ledger import Entry, Ledger
 from unified_edit.model.likelihoods import Likelihood, likelihoods
+from unified_edit.model.memory import Memory
 from unified_edit.model.prompts import Encoder
-from unified_edit.model.tensor_files import written_whole
 from unified_edit.objective import Update, solve
 from unified_edit.statistics import KeyStatistics
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from unified_edit.editing.editor import Editor
 
-INDEX, INDEX_KIND = "history.json", "unified_edit.history/1"
+class Opened(Protocol):
+    """What is needed of an `Editor`."""
+
+    tokenizer: Tokenizer
+    ledger: Ledger
+    memory: Memory
+    history: History | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+
+    @property
+    def parts(self) -> Anatomy:
+        """Its parts."""
+
+    @property
+    def active(self) -> tuple[Edit, ...]:
+        """The edits in force."""
+
+    def statistics_for(self, weights: Sequence[NamedWeight]) -> KeyStatistics:
+        """C0 of some weights."""
+
+    def shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
+        """C0 made invertible everywhere."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +80,7 @@ class Undone:
     replayed: tuple[Edit, ...] = ()
 
 
-def undo(editor: Editor, edit: Edit, again: bool) -> Undone:
+def undo(editor: Opened, edit: Edit, again: bool) -> Undone:
     """`Editor.undo`."""
     ledger, model = editor.ledger, editor.model
     with quiet(model), lock_of(model):
@@ -88,7 +110,7 @@ def undo(editor: Editor, edit: Edit, again: bool) -> Undone:
         )
 
 
-def _asked(editor: Editor, facts: Sequence[Fact]) -> list[Likelihood]:
+def _asked(editor: Opened, facts: Sequence[Fact]) -> list[Likelihood]:
     """How likely the targets of facts are now, behind their bare prompts."""
     if not facts:
         return []
@@ -97,7 +119,7 @@ def _asked(editor: Editor, facts: Sequence[Fact]) -> list[Likelihood]:
 
 
 def _replayed(
-    editor: Editor, others: tuple[Entry, ...], earlier: Sequence[Edit], later: Sequence[Edit]
+    editor: Opened, others: tuple[Entry, ...], earlier: Sequence[Edit], later: Sequence[Edit]
 ) -> tuple[Edit, ...]:
     """Later edits solved again for the pairs that they recorded; nothing is optimised anew."""
     made: list[Edit] = []
@@ -117,7 +139,7 @@ def _replayed(
 
 
 def _solved_again(
-    editor: Editor,
+    editor: Opened,
     others: tuple[Entry, ...],
     earlier: Sequence[Edit],
     edit: Edit,
@@ -187,7 +209,7 @@ def edit_history(edit: Edit) -> History | None:
 # -- what is left of earlier edits -------------------------------------------------------------
 
 
-def retention(editor: Editor) -> pd.DataFrame:
+def retention(editor: Opened) -> pd.DataFrame:
     """`Editor.retention`."""
     import pandas as pd
 
@@ -216,7 +238,7 @@ def retention(editor: Editor) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def drift(editor: Editor) -> pd.DataFrame:
+def drift(editor: Opened) -> pd.DataFrame:
     """`Editor.drift`."""
     import pandas as pd
 
@@ -252,70 +274,3 @@ def drift(editor: Editor) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-# -- on disk -----------------------------------------------------------------------------------
-
-
-def save(editor: Editor, folder: Path) -> None:
-    """`Editor.save`."""
-    active = editor.active
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for edit in active:
-            if not (folder / f"{edit.id}.safetensors").exists():
-                edit.save(folder / f"{edit.id}.safetensors")
-        index = {
-            "kind": INDEX_KIND,
-            "fingerprint": editor.ledger.fingerprint(),
-            "model": editor.parts.name,
-            "history": editor.history,
-            "edits": [edit.id for edit in active],
-        }
-        with written_whole(folder / INDEX) as temporary:
-            temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    except OSError as problem:
-        raise EditFileError(
-            f"{folder} cannot be written: {problem}. Give another place, or make room there"
-        ) from problem
-
-
-def resume(editor: Editor, folder: Path) -> tuple[Edit, ...]:
-    """`Editor.resume`."""
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        ids = [str(id_) for id_ in index["edits"]]
-        if index["kind"] != INDEX_KIND:
-            raise ValueError(f"it is {index['kind']!r}, not {INDEX_KIND!r}")
-        kind, made_for, name = index["history"], index["fingerprint"], index["model"]
-    except (OSError, ValueError, LookupError, TypeError) as problem:
-        raise EditFileError(
-            f"{path} cannot be read ({problem!r}): give the folder that Editor.save wrote"
-        ) from problem
-    found = editor.ledger.fingerprint()
-    if made_for != found:
-        raise EditFileError(
-            f"{folder} holds the edits of {name!r} (base fingerprint {str(made_for)[:12]}), not of "
-            f"this model ({editor.parts.name!r}, {found[:12]}). Load the model they were made for"
-        )
-    if editor.history is not None and kind is not None and editor.history != kind:
-        raise EditFileError(
-            f"the edits of {folder} were made with history={kind!r}, this editor has "
-            f"{editor.history!r}: make it with Editor(..., history={kind!r})"
-        )
-    if editor.ledger.active:
-        raise EditError(
-            f"{len(editor.ledger.active)} edits are in force already; take them out first "
-            "(editor.reset()), or resume into a model as it was loaded"
-        )
-    edits = []
-    for id_ in ids:
-        edit = Edit.load(folder / f"{id_}.safetensors")
-        if edit.id != id_:
-            raise EditFileError(f"{folder / id_}.safetensors holds the edit {edit.id}, not {id_}")
-        edits.append(edit)
-    with editor.ledger.rollback():
-        for edit in edits:
-            edit.apply(editor.model)
-    return tuple(edits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,36 @@ from unified_edit.errors import EditFileError, UnifiedEditError
 from unified_edit.facts import Fact
 from unified_edit.objective import Diagnosis, Update
 
-if TYPE_CHECKING:
-    from unified_edit.editing.edits import Edit
-
 FORMAT = "unified_edit.edit/2"
 
 
-def description_of(edit: Edit) -> dict[str, Any]:
+class Stored(Protocol):
+    """What a file holds of an `Edit`."""
+
+    @property
+    def facts(self) -> tuple[Fact, ...]: ...
+    @property
+    def method(self) -> Method | FineTuning: ...
+    @property
+    def updates(self) -> Mapping[str, Update]: ...
+    @property
+    def keys(self) -> Mapping[str, Tensor]: ...
+    @property
+    def targets(self) -> Mapping[str, Tensor]: ...
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]: ...
+    @property
+    def provenance(self) -> Provenance: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+    @property
+    def columns(self) -> tuple[int, ...]: ...
+
+
+Read = TypeVar("Read", bound=Stored)
+
+
+def description_of(edit: Stored) -> dict[str, Any]:
     """Everything about an edit but its matrices, as JSON can hold it."""
     described: dict[str, Any] = {
         "facts": [asdict(fact) for fact in edit.facts],
@@ -43,7 +66,7 @@ def description_of(edit: Edit) -> dict[str, Any]:
     return described
 
 
-def tensors_of(edit: Edit) -> dict[str, Tensor]:
+def tensors_of(edit: Stored) -> dict[str, Tensor]:
     """Its matrices, by the names that they have in a file."""
     tensors = {f"keys.{name}": keys for name, keys in edit.keys.items()}
     tensors |= {f"targets.{name}": values for name, values in edit.targets.items()}
@@ -55,7 +78,7 @@ def tensors_of(edit: Edit) -> dict[str, Tensor]:
     return tensors
 
 
-def read(path: str | Path, make: Callable[[], Edit]) -> Edit:
+def read(path: str | Path, make: Callable[[], Read]) -> Read:
     """The edit that `make` gives; EditFileError if what the file holds is not one."""
     try:
         edit = make()
@@ -97,7 +120,7 @@ def fields_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
     }
 
 
-def _check_complete(edit: Edit) -> None:
+def _check_complete(edit: Stored) -> None:
     """Raise ValueError unless the parts of an edit that was read belong together."""
     if not edit.facts or len(edit.facts) != len(edit.outcomes):
         raise ValueError(f"{len(edit.facts)} facts and {len(edit.outcomes)} outcomes")

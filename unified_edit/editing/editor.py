@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path, whole_number
-from unified_edit.editing.consecutive import Undone, drift, resume, retention, save, undo
+from unified_edit.editing.consecutive import Undone, drift, retention, undo
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.histories import NO_PAST, History, Met, check_history, past_of
+from unified_edit.editing.history_files import resume, save
 from unified_edit.editing.layer_loop import (
     Written,
     by_column,
