@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,33 +20,32 @@ from unified_edit.objective import Diagnosis, Update
 FORMAT = "unified_edit.edit/2"
 
 
-class Stored(Protocol):
-    """What a file holds of an `Edit`."""
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What an edit is made of, in memory and in a file.
 
-    @property
-    def facts(self) -> tuple[Fact, ...]: ...
-    @property
-    def method(self) -> Method | FineTuning: ...
-    @property
-    def updates(self) -> Mapping[str, Update]: ...
-    @property
-    def keys(self) -> Mapping[str, Tensor]: ...
-    @property
-    def targets(self) -> Mapping[str, Tensor]: ...
-    @property
-    def outcomes(self) -> tuple[Outcome, ...]: ...
-    @property
-    def provenance(self) -> Provenance: ...
-    @property
-    def warnings(self) -> tuple[str, ...]: ...
-    @property
-    def columns(self) -> tuple[int, ...]: ...
+    See `Edit`.
+    """
 
+    facts: tuple[Fact, ...]
+    method: Method | FineTuning
+    updates: Mapping[str, Update]
+    keys: Mapping[str, Tensor]
+    outcomes: tuple[Outcome, ...]
+    provenance: Provenance
+    warnings: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
-Read = TypeVar("Read", bound=Stored)
+    def __post_init__(self) -> None:
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(range(len(self.facts))))
 
 
-def description_of(edit: Stored) -> dict[str, Any]:
+Read = TypeVar("Read", bound=Recorded)
+
+
+def description_of(edit: Recorded) -> dict[str, Any]:
     """Everything about an edit but its matrices, as JSON can hold it."""
     described: dict[str, Any] = {
         "facts": [asdict(fact) for fact in edit.facts],
@@ -66,7 +65,7 @@ def description_of(edit: Stored) -> dict[str, Any]:
     return described
 
 
-def tensors_of(edit: Stored) -> dict[str, Tensor]:
+def tensors_of(edit: Recorded) -> dict[str, Tensor]:
     """Its matrices, by the names that they have in a file."""
     tensors = {f"keys.{name}": keys for name, keys in edit.keys.items()}
     tensors |= {f"targets.{name}": values for name, values in edit.targets.items()}
@@ -120,7 +119,7 @@ def fields_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
     }
 
 
-def _check_complete(edit: Stored) -> None:
+def _check_complete(edit: Recorded) -> None:
     """Raise ValueError unless the parts of an edit that was read belong together."""
     if not edit.facts or len(edit.facts) != len(edit.outcomes):
         raise ValueError(f"{len(edit.facts)} facts and {len(edit.outcomes)} outcomes")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,21 +17,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path, whole_number
-from unified_edit.editing.edit_files import FORMAT, description_of, fields_of, read, tensors_of
-from unified_edit.editing.methods import Method
+from unified_edit.editing.edit_files import (
+    FORMAT,
+    Recorded,
+    description_of,
+    fields_of,
+    read,
+    tensors_of,
+)
 from unified_edit.editing.provenance import (
-    Outcome,
-    Provenance,
     check_alone,
     check_arrived,
 )
-from unified_edit.editing.tuning import FineTuning
 from unified_edit.errors import EditError, EditFileError
-from unified_edit.facts import Fact
 from unified_edit.model.hooks import lock_of
 from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
-from unified_edit.objective import Diagnosis, Update
+from unified_edit.objective import Diagnosis
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(Recorded):
     """One edit of a model, made by `edit` or `fine_tune`, or read by `Edit.load`.
 
     updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, what the
@@ -50,20 +52,7 @@ class Edit:
     the edit was made with a history.
     """
 
-    facts: tuple[Fact, ...]
-    method: Method | FineTuning
-    updates: Mapping[str, Update]
-    keys: Mapping[str, Tensor]
-    outcomes: tuple[Outcome, ...]
-    provenance: Provenance
-    warnings: tuple[str, ...] = ()
-    columns: tuple[int, ...] = ()
-    targets: Mapping[str, Tensor] = field(default_factory=dict)
     _model: weakref.ref[PreTrainedModel] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.columns:
-            object.__setattr__(self, "columns", tuple(range(len(self.facts))))
 
     @cached_property
     def id(self) -> str:
