@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         compare,
         complete,
         evaluate,
+        evaluate_batches,
         evaluate_edits,
         evaluate_made,
         figures,
@@ -58,8 +59,8 @@ _FLOORS = {
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
     "measuring": (
-        "ask compare complete evaluate evaluate_edits evaluate_made load_records locate "
-        "suggest_layers"
+        "ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made load_records "
+        "locate suggest_layers"
     ),
     "statistics": "KeyStatistics",
 }

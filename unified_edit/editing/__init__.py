@@ -1,6 +1,7 @@
 """Editing: methods, keys, values, and what is written into a model with them."""
 
 from unified_edit.editing.choices import Choice
+from unified_edit.editing.consecutive import Undone
 from unified_edit.editing.editor import Editor
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.fine_tuning import fine_tune
@@ -35,6 +36,6 @@ from unified_edit.editing.values_cache import values_for
 __all__ = (
     "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEASURED MEMIT METHODS PRESERVATIONS PUBLISHED ROME "
     "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance "
-    "Touched Values compute_keys compute_values context_weights edit fine_tune load_model "
+    "Touched Undone Values compute_keys compute_values context_weights edit fine_tune load_model "
     "optimise_values read_values sample_prefixes shares values_for"
 ).split()

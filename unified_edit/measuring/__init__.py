@@ -2,6 +2,7 @@
 
 from unified_edit.measuring import figures
 from unified_edit.measuring.asking import ask, compare
+from unified_edit.measuring.batches import BatchReport, evaluate_batches
 from unified_edit.measuring.evaluation import evaluate, evaluate_edits
 from unified_edit.measuring.generation import Generation, complete, ngram_entropy
 from unified_edit.measuring.made_edits import evaluate_made
@@ -15,7 +16,8 @@ from unified_edit.measuring.traces import END, FIRST, LAST, PLACES, Average, Tra
 from unified_edit.measuring.tracing import locate, subject_sigma
 
 __all__ = (
-    "END FIRST LAST PLACES Average Generation Prompt Question Report Score Sheet Suggestion Trace "
-    "TracedFact ask compare complete evaluate evaluate_edits evaluate_made figures harmonic_mean "
-    "load_records locate ngram_entropy read_prompt subject_sigma suggest_layers summarise to_table"
+    "END FIRST LAST PLACES Average BatchReport Generation Prompt Question Report Score Sheet "
+    "Suggestion Trace TracedFact ask compare complete evaluate evaluate_batches evaluate_edits "
+    "evaluate_made figures harmonic_mean load_records locate ngram_entropy read_prompt "
+    "subject_sigma suggest_layers summarise to_table"
 ).split()
