@@ -62,6 +62,9 @@ SUGGESTING = ("tests/test_suggesting.py", "-k", "not atlas")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages or some_layers")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
+HELD = ("tests/test_held.py",)
+PAST = ("tests/test_histories.py",)
+BATCHES = ("tests/test_batches.py",)
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -86,6 +89,9 @@ CHAPTERS = {
     SUGGESTING: (),
     FAMILIES: (),
     SHARED: (),
+    HELD: (),
+    PAST: (),
+    BATCHES: (),
 }
 
 FAULTS = (
@@ -353,6 +359,32 @@ FAULTS = (
     Fault("the first of contradicting facts wins", "facts/batches.py",
           "index for index, fact in enumerate(items)}",
           "index for index, fact in reversed(list(enumerate(items)))}", SHARED),
+    Fault("only the last batch is held", "objective/held.py",
+          "self.basis = torch.cat([self.basis, Q], dim=1)", "self.basis = Q", HELD),
+    Fault("an update that is not kept off the past", "objective/held.py",
+          "self.inner.unwhiten(_without(self.basis, rows.to(self.basis.dtype).mT).mT)",
+          "self.inner.unwhiten(rows + self.basis[:, :1].mT)", HELD),
+    Fault("a key without room is written", "objective/held.py",
+          "return rest.masked_fill_(full, 0.0) if bool(full.any()) else rest", "return rest", HELD),
+    Fault("the past weighed by lam instead of its inverse", "editing/histories.py",
+          "metric.plus(K, 1 / lam)", "metric.plus(K, lam)", PAST),
+    Fault("a fact that was written anew is held as it was", "editing/histories.py",
+          "frozenset(column for edit in active for column in edit.provenance.replaces)",
+          "frozenset()", PAST),
+    Fault("turns of one edit know nothing of each other", "editing/layer_loop.py",
+          "past = past.and_then(batch, turn.facts)", "pass", PAST),
+    Fault("what a weight was to give, without earlier turns", "editing/layer_loop.py",
+          "written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]",
+          "written = updates_at(weight, ledger.active)", PAST),
+    Fault("a fact that is overruled comes back with its subject", "editing/histories.py",
+          "next((one for one in same if one.text == known.text), same[0])", "same[-1]", PAST),
+    Fault("a replay that minds the edit that is gone", "editing/consecutive.py",
+          "new = _solved_again(editor, others, [*earlier, *made], edit, replaces)",
+          "new = _solved_again(editor, others, [*earlier, *later[:1]], edit, replaces)", PAST),
+    Fault("a run goes on as another", "measuring/batches.py",
+          "if found.get(name) != wanted[name]", "if name not in found", BATCHES),
+    Fault("all facts taken for the first batch", "measuring/batches.py",
+          'asked = asked[asked["record"] < self.batch_size]', "pass", BATCHES),
 )  # fmt: skip
 
 
