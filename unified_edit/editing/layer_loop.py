@@ -117,10 +117,11 @@ def _write_one(
             now = values_at(parts, rows, values.layer, method.site)
             residual = values.z - column_means(now, columns)
         residual = residual / parts.gain(values.layer, method.site(parts, values.layer))
+        asked = share * residual
         update = solve(
             metric,
             keys,
-            share * residual,
+            asked,
             ridge=ridge,
             infeasible=method.infeasible,
             names=names,
@@ -128,7 +129,7 @@ def _write_one(
         if past.kind is not None:
             written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]
             now = values_of(ledger, weight, keys, written)
-            made.targets.setdefault(weight.name, []).append(now + (share * residual).to(now.dtype))
+            made.targets.setdefault(weight.name, []).append(now + asked)
         add(weight, update)
         made.updates.setdefault(weight.name, []).append(update)
         made.keys.setdefault(weight.name, []).append(keys)
