@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unified_edit import errors, objective
     from unified_edit.editing import (
+        ALPHAEDIT,
         EMMET,
         EMMET_RELEASED,
+        ENCORE,
         MEMIT,
+        MEMIT_REPLAY,
         METHODS,
+        P_ROME,
+        PMET,
+        R_ROME,
         ROME,
+        ROME_RELEASED,
         Contexts,
         Edit,
         Editor,
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
         edit,
         fine_tune,
         load_model,
+        null_space,
         optimise_values,
     )
     from unified_edit.errors import UnifiedEditError
@@ -53,8 +61,9 @@ if TYPE_CHECKING:
 #: Floor of the house -> the public names that come from it.
 _FLOORS = {
     "editing": (
-        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor Method edit fine_tune "
-        "load_model optimise_values"
+        "ALPHAEDIT EMMET EMMET_RELEASED ENCORE MEMIT MEMIT_REPLAY METHODS PMET P_ROME ROME "
+        "ROME_RELEASED R_ROME Contexts Edit Editor Method edit fine_tune load_model null_space "
+        "optimise_values"
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",

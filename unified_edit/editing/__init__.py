@@ -1,5 +1,6 @@
 """Editing: methods, keys, values, and what is written into a model with them."""
 
+from unified_edit.editing.anchors import norm_anchor_of
 from unified_edit.editing.choices import Choice
 from unified_edit.editing.consecutive import Undone
 from unified_edit.editing.editor import Editor
@@ -16,8 +17,6 @@ from unified_edit.editing.methods import (
     EMMET,
     EMMET_RELEASED,
     MEMIT,
-    METHODS,
-    PRESERVATIONS,
     ROME,
     Method,
 )
@@ -26,16 +25,28 @@ from unified_edit.editing.one_call import edit, optimise_values
 from unified_edit.editing.opening import load_model
 from unified_edit.editing.plans import Plan
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
+from unified_edit.editing.preservations import PRESERVATIONS, null_space
+from unified_edit.editing.presets import (
+    ALPHAEDIT,
+    ENCORE,
+    MEMIT_REPLAY,
+    METHODS,
+    P_ROME,
+    PMET,
+    R_ROME,
+    ROME_RELEASED,
+)
 from unified_edit.editing.provenance import Outcome, Provenance, Touched
 from unified_edit.editing.settings import DEFAULTS, SETTINGS
-from unified_edit.editing.spreading import SPREADS, shares
+from unified_edit.editing.spreading import SPREADS, Spread, shares
 from unified_edit.editing.tuning import FineTuning
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.editing.values_cache import values_for
 
 __all__ = (
-    "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEASURED MEMIT METHODS PRESERVATIONS PUBLISHED ROME "
-    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance "
-    "Touched Undone Values compute_keys compute_values context_weights edit fine_tune load_model "
-    "optimise_values read_values sample_prefixes shares values_for"
+    "ALPHAEDIT DEFAULTS EMMET EMMET_RELEASED ENCORE KEY_MEANS MEASURED MEMIT MEMIT_REPLAY METHODS "
+    "PMET PRESERVATIONS PUBLISHED P_ROME ROME ROME_RELEASED R_ROME SETTINGS SITES SPREADS Choice "
+    "Contexts Edit Editor FineTuning Method Outcome Plan Provenance Spread Touched Undone Values "
+    "compute_keys compute_values context_weights edit fine_tune load_model norm_anchor_of "
+    "null_space optimise_values read_values sample_prefixes shares values_for"
 ).split()

@@ -16,12 +16,14 @@ from unified_edit.editing.histories import (
     History,
     Past,
     batches_of,
+    origin_of,
     replaced_by,
     updates_at,
     values_of,
 )
 from unified_edit.editing.keys import column_means, keys_of
 from unified_edit.editing.methods import Method
+from unified_edit.editing.preservations import metric_of
 from unified_edit.editing.provenance import Alone, provenance_of
 from unified_edit.errors import EditError, NullSpaceError
 from unified_edit.facts import Fact
@@ -155,7 +157,7 @@ def _solved_again(
         edit_history(edit),
         batches_of(earlier),
         replaced_by(earlier) | set(replaces),
-        (statistics.source, method.preservation),
+        origin_of(statistics, method),
         editor.memory,
     )
 
@@ -163,7 +165,8 @@ def _solved_again(
         found = {}
         for weight in weights:
             K, V = edit.keys[weight.name], edit.targets[weight.name]
-            metric = past.metric(method.preservation(statistics, weight), weight, ridge)
+            metric = metric_of(method.preservation, method.norm_weight or 0.0, statistics, weight)
+            metric = past.metric(metric, weight, ridge)
             R = V - values_of(ledger, weight, K, updates_at(weight, (*others, *earlier)))
             found[weight.name] = solve(metric, K, R, ridge=ridge, infeasible=method.infeasible)
         return found
@@ -172,7 +175,7 @@ def _solved_again(
         updates = solved(statistics)
     except NullSpaceError:
         statistics = editor.shrunk(statistics)
-        past = replace(past, origin=(statistics.source, method.preservation), _made={})
+        past = replace(past, origin=origin_of(statistics, method), _made={})
         updates = solved(statistics)
     with ledger.state_kept():
         alone = Alone("replayed", updates)

@@ -32,6 +32,7 @@ from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.ledger import Entry, Ledger
 from unified_edit.model.memory import Memory
 from unified_edit.objective import Held, Metric, MetricProtocol, Update
+from unified_edit.statistics import KeyStatistics
 
 #: How the keys of earlier edits count: not at all, as a cost, or as a condition.
 History = Literal["soft", "hard"]
@@ -177,6 +178,11 @@ def no_weight() -> MethodError:
         "history='hard', which holds them, or a method with a ridge "
         "(method.replace(ridge=...), unified_edit.MEMIT)"
     )
+
+
+def origin_of(statistics: KeyStatistics, method: Method) -> Hashable:
+    """What a metric without a history is made from."""
+    return statistics.source, method.preservation, method.norm_weight or 0.0
 
 
 def batches_of(active: Sequence[Edit]) -> tuple[Batch, ...]:

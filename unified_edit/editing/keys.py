@@ -24,10 +24,11 @@ def _typed(count: int) -> Tensor:
 #: How the contexts of a fact are weighed in its key, by their number. "typed" is the mean within
 #: each context *type*, then over types: one half for the bare prompt, which comes first, and one
 #: half shared by the prefixed ones (released code of MEMIT and EMMET). "plain" weighs all alike
-#: (ROME, eq. 3).
+#: (ROME, eq. 3). "bare" is the bare prompt alone (p-ROME, arXiv 2403.07175).
 KEY_MEANS = {
     "typed": Choice("typed", _typed),
     "plain": Choice("plain", lambda count: torch.full((count,), 1 / count, dtype=torch.float64)),
+    "bare": Choice("bare", lambda count: torch.eye(1, count, dtype=torch.float64)[0]),
 }
 
 #: Where a value is set: the module of block `layer` whose output it is.
@@ -75,13 +76,27 @@ def keys_of(
     }
 
 
-def values_at(parts: Anatomy, rows: FactRows, layer: int, site: str | Choice) -> Tensor:
-    """What stands at the value's site now, on the bare prompts: (d_out x E, float64)."""
+def values_at(
+    parts: Anatomy,
+    rows: FactRows,
+    layer: int,
+    site: str | Choice,
+    mean: str | Choice = "bare",
+) -> Tensor:
+    """What stands at the value's site now: (d_out x E, float64).
+
+    On the bare prompts, or averaged over contexts as `mean` weighs them (`context_weights`).
+    """
     module = chosen(site, SITES, "site")(parts, layer)
-    texts = [row.up_to_subject for row in rows.bare]
+    weights = context_weights(len(rows.prefixes), mean)
+    asked = weights.nonzero().flatten().tolist() or [0]
+    texts = [behind[place].up_to_subject for behind in rows.behind for place in asked]
     with quiet(parts.model):
         found = read_last_token(parts.model, texts, {"site": (module, "output")})
-    return found["site"].double().cpu().T
+    each = found["site"].double().cpu()
+    if asked == [0] and weights[0] == 1:
+        return each.T
+    return torch.einsum("ecd,c->de", each.unflatten(0, (-1, len(asked))), weights[asked])
 
 
 def column_means(of_facts: Tensor, columns: Sequence[int]) -> Tensor:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from unified_edit.editing.histories import Batch, Past, updates_at, values_of
-from unified_edit.editing.keys import column_means, keys_of, values_at
+from unified_edit.editing.histories import Batch, Past, origin_of, updates_at, values_of
+from unified_edit.editing.keys import KEY_MEANS, column_means, keys_of
 from unified_edit.editing.methods import Method
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
+from unified_edit.editing.preservations import metric_of
 from unified_edit.editing.provenance import Outcome
+from unified_edit.editing.residuals import divided_residual, goals_of, missing
 from unified_edit.editing.sinks import check_first_place
 from unified_edit.editing.spreading import shares
 from unified_edit.editing.values import Values, compute_values
@@ -60,7 +62,7 @@ def write(
     made = Written()
     turns = [plan.of(turn) for turn in plan.turns]
     watched = plan.on_shared_subject == "split" and bool(shared_subjects(plan.facts))
-    past = replace(plan.past, origin=(statistics.source, plan.method.preservation))
+    past = replace(plan.past, origin=origin_of(statistics, plan.method))
     with ledger.trying() as add:
         for number, turn in enumerate(turns):
             if number and past.kind is not None:
@@ -99,7 +101,9 @@ def _write_one(
     else:
         made.warnings += check_subjects(method, plan.facts, first_keys)
     made.warnings += check_first_place(parts, rows, plan.layers[0])
-    metric = past.metric(method.preservation(statistics, plan.weights[0]), plan.weights[0], ridge)
+    preservation, norm_weight = method.preservation, method.norm_weight or 0.0
+    metric = metric_of(preservation, norm_weight, statistics, plan.weights[0])
+    metric = past.metric(metric, plan.weights[0], ridge)
     if ridge == 0 and method.infeasible == "raise":
         # a batch that cannot be held is refused before its values are optimised
         feasible(metric, first_keys, names=names).require()
@@ -107,16 +111,21 @@ def _write_one(
         values = compute_values(parts, rows, method, plan.conditions, columns)
     made.values.append(values)
     parts_of_residual = shares(len(plan.layers), method.distribution)
-    for place, (weight, share) in enumerate(zip(plan.weights, parts_of_residual, strict=True)):
+    goals = goals_of(parts, plan, values)
+    for place, (weight, share, goal) in enumerate(
+        zip(plan.weights, parts_of_residual, goals, strict=True)
+    ):
         if place == 0:
-            keys, residual = first_keys, values.delta  # nothing has changed since
+            keys = first_keys  # nothing has changed since
         else:
-            metric = past.metric(method.preservation(statistics, weight), weight, ridge)
+            metric = metric_of(preservation, norm_weight, statistics, weight)
+            metric = past.metric(metric, weight, ridge)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
             keys = column_means(keys, columns)
-            now = values_at(parts, rows, values.layer, method.site)
-            residual = values.z - column_means(now, columns)
-        residual = residual / parts.gain(values.layer, method.site(parts, values.layer))
+        is_delta = place == 0 and method.output_mean == KEY_MEANS["bare"]
+        residual = values.delta if is_delta else missing(parts, plan, goal)
+        residual = residual / parts.gain(goal.layer, method.site(parts, goal.layer))
+        residual = divided_residual(parts, plan, weight, metric, keys, residual)
         asked = share * residual
         update = solve(
             metric,

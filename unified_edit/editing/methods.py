@@ -18,22 +18,19 @@ from unified_edit.arguments import as_list, is_flag, real_number, whole_number
 from unified_edit.editing.choices import Choice, chosen, remembered
 from unified_edit.editing.keys import KEY_MEANS, SITES
 from unified_edit.editing.prefixes import Contexts
+from unified_edit.editing.preservations import PRESERVATIONS
 from unified_edit.editing.settings import DEFAULTS, settings_of
-from unified_edit.editing.spreading import SPREADS
+from unified_edit.editing.spreading import SPREADS, has_own_targets
 from unified_edit.errors import MethodError, brief
 from unified_edit.model.anatomy import Anatomy, anatomy
-
-#: The metric of a weight, from the statistics of the model's keys: what it costs to change what
-#: preserved keys give. "C0" is their second moment.
-PRESERVATIONS = {
-    "C0": Choice("C0", lambda statistics, weight: statistics.metric(weight.layer)),
-}
 
 #: Field of a method -> the choices that have a name there.
 CHOICES: Mapping[str, Mapping[str, Choice]] = {
     "distribution": SPREADS,
     "site": SITES,
     "key_mean": KEY_MEANS,
+    "divisor_mean": KEY_MEANS,
+    "output_mean": KEY_MEANS,
     "preservation": PRESERVATIONS,
 }
 
@@ -46,7 +43,13 @@ _REAL: dict[str, dict[str, Any]] = {
     "clamp": {"above": 0},
     "learning_rate": {"above": 0},
     "stop_loss": {},
+    "prob_cutoff": {},
+    "norm_weight": {"least": 0},
+    "norm_anchor": {"least": 0},
 }
+
+#: Fields that files and tables name only where they are not at their default: they came later.
+_LATER = ("divisor_mean", "output_mean", "norm_weight", "prob_cutoff", "norm_anchor")
 
 #: One prefix of ten tokens behind each of five words (kmeng01/memit, 2022, and EMMET's code, 2024).
 MEMIT_CONTEXTS = Contexts()
@@ -54,7 +57,7 @@ MEMIT_CONTEXTS = Contexts()
 ROME_CONTEXTS = Contexts(starts=("",), lengths=(5, 10), per_start=10)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Method:
     """One locate-and-edit method on one model. None: filled by `resolve`.
 
@@ -64,13 +67,21 @@ class Method:
     ridge: lam of the least-squares form, relative to the *mean* C0; 0 is the equality form.
     ridge_from: the ridge is used for batches of at least this many facts, equality below.
     distribution: how the residual is spread over layers: "memit", "pmet", "full", or a function of
-        the number of layers left.
-    preservation: what an update costs: "C0", or a function (statistics, weight) -> metric.
+        the number of layers left; "replay": each layer has a target of its own.
+    preservation: what an update costs: "C0", or a function (statistics, weight) -> metric;
+        "null_space" and `null_space` (threshold) let it act where C0 is nearly zero alone.
+    norm_weight: weight of ||Delta||_F^2 beside that: C0 + norm_weight * I. ENCORE's lam_n is
+        norm_weight * ridge.
     sequential: write facts one after another instead of together.
     site: where the value is set: the output of the "block" or of its "mlp", or a function
         (anatomy, layer) -> module.
     key_mean: "typed" is half the bare prompt and half the mean of the prefixed ones, "plain"
-        the mean over all contexts; or a function of their number that gives their weights.
+        the mean over all contexts, "bare" the bare prompt alone; or a function of their number
+        that gives their weights.
+    divisor_mean: of the key that the update is divided by, at which it is held (`divided`); None is
+        `key_mean`, the key itself.
+    output_mean: of what stands there now and is taken from the value: at the "bare" prompt, or in
+        the contexts as they are weighed here.
     contexts: which prefixes are sampled, or given.
     steps: losses computed at most; there is one update fewer.
     learning_rate: of Adam.
@@ -78,6 +89,11 @@ class Method:
     weight_decay: weight of norm(delta) / norm(target_init)^2.
     clamp: norm(delta) is kept below clamp * norm(target_init).
     stop_loss: a fact is finished once its total loss is below this.
+    prob_cutoff: or, if it is -n, at the n-th loss at which every token of its target is the
+        likeliest behind every prefix; if it is positive, once the target's probability, the mean
+        over contexts, is above it. As in ENCORE's code, the bare prompt is not asked for the first.
+    norm_anchor: m > 0 rescales what the MLP is to give, v*, to norm(v*) = m, and leaves a fact
+        whose v* is longer than 2 m as it was (norm anchors; `norm_anchor_of`).
     infeasible: "raise", or "least_violation" for the limit lam -> 0 where the equality has no
         solution.
 
@@ -91,9 +107,12 @@ class Method:
     ridge_from: int = 1
     distribution: Choice = SPREADS["memit"]
     preservation: Choice = PRESERVATIONS["C0"]
+    norm_weight: float | None = 0.0
     sequential: bool = False
     site: Choice = SITES["block"]
     key_mean: Choice = KEY_MEANS["typed"]
+    divisor_mean: Choice | None = None
+    output_mean: Choice = KEY_MEANS["bare"]
     contexts: Contexts = MEMIT_CONTEXTS
     steps: int | None = None
     learning_rate: float | None = None
@@ -101,6 +120,8 @@ class Method:
     weight_decay: float | None = None
     clamp: float | None = None
     stop_loss: float | None = None
+    prob_cutoff: float | None = 0.0
+    norm_anchor: float | None = 0.0
     infeasible: Literal["raise", "least_violation"] = "raise"
 
     def __post_init__(self) -> None:
@@ -119,8 +140,15 @@ class Method:
             value = getattr(self, field)
             if value is not None or field == "kl_weight":
                 made[field] = real_number(value, f"{self.name}: {field}", MethodError, **bound)
+        cutoff = made.get("prob_cutoff", 0.0)
+        if cutoff >= 1 or (cutoff < 0 and cutoff != int(cutoff)):
+            raise MethodError(
+                f"{self.name}: prob_cutoff is {brief(cutoff)}; give a probability below 1, or -n "
+                "to stop at the n-th loss at which the target is the likeliest, or 0 for neither"
+            )
         for field, known in CHOICES.items():
-            made[field] = chosen(getattr(self, field), known, f"{self.name}: {field}")
+            if (value := getattr(self, field)) is not None or field != "divisor_mean":
+                made[field] = chosen(value, known, f"{self.name}: {field}")
         if not isinstance(self.contexts, Contexts):
             raise MethodError(
                 f"{self.name}: contexts is {brief(self.contexts)}; give a Contexts(starts, lengths)"
@@ -145,6 +173,12 @@ class Method:
             raise MethodError(f"{self.name} has no field {unknown[0]!r}; see unified_edit.Method")
         return dataclasses.replace(self, **changes)
 
+    @property
+    def value_layer(self) -> int:
+        """The layer at which values are set: the last, or the first where each has a target."""
+        assert self.layers is not None, "resolve the method first"
+        return self.layers[0 if has_own_targets(self.distribution) else -1]
+
     def ridge_for(self, facts: int) -> float:
         """lam for a batch of so many facts; 0 means the equality form."""
         assert self.ridge is not None, "resolve the method first"
@@ -167,7 +201,7 @@ class Method:
         missing = [
             field.name
             for field in dataclasses.fields(self)
-            if field.name != "preset" and getattr(self, field.name) is None
+            if field.name not in ("preset", "divisor_mean") and getattr(self, field.name) is None
         ]
         unknown = [field for field in missing if field not in known]
         if unknown:
@@ -193,10 +227,20 @@ class Method:
             )
         return resolved
 
+    def _told(self) -> dict[str, Any]:
+        """The fields by name, but for those that came later and are at their default."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default or field.name not in _LATER
+        }
+
+    def __repr__(self) -> str:
+        return f"Method({', '.join(f'{name}={value!r}' for name, value in self._told().items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able dictionary; choices are their names."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["contexts"] = dataclasses.asdict(self.contexts)
+        values = {**self._told(), "contexts": dataclasses.asdict(self.contexts)}
         return {k: v.name if isinstance(v, Choice) else v for k, v in values.items()}
 
     @classmethod
@@ -204,7 +248,8 @@ class Method:
         """Inverse of `to_dict`, but for functions of the user's own, which must be given again."""
         values = {**values, "contexts": Contexts(**values["contexts"])}
         for field, known in CHOICES.items():
-            values[field] = remembered(values[field], known, field)
+            if values.get(field) is not None:
+                values[field] = remembered(values[field], known, field)
         return cls(**values)
 
 
@@ -227,6 +272,3 @@ MEMIT = Method(name="MEMIT", preset="MEMIT", ridge=None)
 #: 2f7c65c): 0.1 on the Gram matrix of w*C0 whenever E > 1, that is MEMIT with lam = 0.1 * w. Unlike
 #: their first code (2024-03-21) it does not hold the equality; `settings` has the dates of w.
 EMMET_RELEASED = Method(name="EMMET_RELEASED", preset="EMMET_RELEASED", ridge=None, ridge_from=2)
-
-#: By name, for the command line.
-METHODS = {method.name: method for method in (ROME, EMMET, MEMIT, EMMET_RELEASED)}

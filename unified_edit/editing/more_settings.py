@@ -6,7 +6,8 @@ have the same shape and the same settings. Read from (beside a row: the last cha
 
 - kmeng01/memit at 80426fd (2022-11-14): hparams/ROME;
 - zjunlp/EasyEdit at 14cea82 (2026-07-14): hparams/ROME, MEMIT, EMMET. Its ROME has C0 = I;
-- jianghoucheng/AlphaEdit at f5248d3 (2024-10-17): hparams/MEMIT, its baseline;
+- jianghoucheng/AlphaEdit at f5248d3 (2024-10-17): hparams/AlphaEdit, and MEMIT, its baseline;
+- scalable-model-editing/knowledge-editing-regularization at 6e3ba9a (2025-05-23): hparams/ENCORE;
 - jugechengzi/FE at 4de0dba (2026-05-01): configs/llms;
 - ybdai7/EAMET at 1fe317f: of its files only the layers and the weight of C0 are known here, and no
   date; everything else is `settings.DEFAULTS`.
@@ -46,6 +47,14 @@ PUBLISHED: dict[Shape, dict[str, dict[str, Any]]] = {
         "EMMET_RELEASED": {"layers": (5,), "ridge": 10_000.0, **_EASY},
         # EasyEdit, hparams/MEMIT/llama-7b.yaml (adffaa0, 2024-07-18)
         "MEMIT": {"layers": _FOUR_TO_EIGHT, "ridge": 15_000.0, **_EASY},
+        # knowledge-editing-regularization, hparams/ENCORE/llama2-7b.json (df30617, 2025-05-20)
+        "ENCORE": {
+            "layers": _FOUR_TO_EIGHT,
+            "ridge": 15_000.0,
+            "steps": 25,
+            "norm_weight": 10 / 15_000,
+            "prob_cutoff": -3,
+        },
     },
     # Llama-3-8B and 3.1-8B
     ("llama", 32, 4096, 14336): {
@@ -53,6 +62,17 @@ PUBLISHED: dict[Shape, dict[str, dict[str, Any]]] = {
         "ROME": {"layers": (5,), **_EASY},
         # AlphaEdit, hparams/MEMIT/Llama3-8B.json (d04ed2c, 2024-10-01)
         "MEMIT": {"layers": _FOUR_TO_EIGHT, "ridge": 15_000.0, **_SLOW},
+        # AlphaEdit, hparams/AlphaEdit/Llama3-8B.json (110e051, 2024-10-15): L2 is 10, as in
+        # EasyEdit's for 3.1; EasyEdit's for Llama-3-8B has 1
+        "AlphaEdit": {"layers": _FOUR_TO_EIGHT, "ridge": 10.0, **_SLOW},
+        # knowledge-editing-regularization, hparams/ENCORE/llama3-8b.json (df30617, 2025-05-20)
+        "ENCORE": {
+            "layers": _FOUR_TO_EIGHT,
+            "ridge": 15_000.0,
+            "steps": 25,
+            "norm_weight": 20 / 15_000,
+            "prob_cutoff": -2,
+        },
     },
     # Llama-3.2-3B
     ("llama", 28, 3072): {
@@ -79,6 +99,8 @@ PUBLISHED: dict[Shape, dict[str, dict[str, Any]]] = {
         # EasyEdit, hparams/MEMIT/qwen2-7b.yaml (b4c61b3, 2024-06-18), qwen2.5-7b.yaml (81fc30a,
         # 2025-07-10)
         "MEMIT": {"layers": _FOUR_TO_EIGHT, "ridge": 15_000.0, **_EASY},
+        # EasyEdit at 14cea82, hparams/AlphaEdit/qwen2.5-7b.yaml
+        "AlphaEdit": {"layers": _FOUR_TO_EIGHT, "ridge": 1.0, **_EASY},
     },
     # Qwen2.5-3B: FE, configs/llms/qwen2.5-3b.yaml (d4fe901, 2025-09-25)
     ("qwen2", 36, 2048): {

@@ -32,8 +32,10 @@ from unified_edit.model.ledger import Ledger
 from unified_edit.model.prompts import FactRows
 from unified_edit.statistics import KeyStatistics
 
-#: Settings that values depend on, besides their site and layer.
+#: Settings that values depend on, besides their site and layer; and those that came later, which
+#: are named only where they are used, so that values stay those of the same conditions.
 _OF_VALUES = ("steps", "learning_rate", "kl_weight", "weight_decay", "clamp", "stop_loss")
+_OF_VALUES_LATER = ("prob_cutoff", "norm_anchor")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Plan:
     def conditions(self) -> str:
         """Everything that values depend on besides the facts, as text."""
         settings = (getattr(self.method, name) for name in _OF_VALUES)
-        return repr((self.state, self.rows.prefixes, *settings))
+        later = ((name, getattr(self.method, name)) for name in _OF_VALUES_LATER)
+        used = (setting for setting in later if setting[1])
+        return repr((self.state, self.rows.prefixes, *settings, *used))
 
     @property
     def ridge(self) -> float:
@@ -121,11 +125,10 @@ def turns_of(
 
 def check_value_is_read(parts: Anatomy, facts: Sequence[Fact], method: Method) -> None:
     """Behind the last block no token sees another one: a value there reaches no later target."""
-    assert method.layers is not None
     after = next((fact for fact in facts if fact.suffix), None)
-    if method.layers[-1] == parts.n_layers - 1 and after is not None:
+    if method.value_layer == parts.n_layers - 1 and after is not None:
         raise MethodError(
-            f"{method.name} sets values at layer {method.layers[-1]}, the last one: what stands "
+            f"{method.name} sets values at layer {method.value_layer}, the last one: what stands "
             f"there at the subject of {after.text!r} is read by no later token, so it cannot make "
             f"the model say {after.target_new!r}. Edit an earlier layer: method.replace(layers=...)"
         )
@@ -225,7 +228,7 @@ def checked_values(values: Values, plan: Plan) -> Values:
         raise MethodError(
             f"values is a {type(values).__name__}; give what optimise_values returned, or nothing"
         )
-    wanted = (plan.layers[-1], plan.method.site.name)
+    wanted = (plan.method.value_layer, plan.method.site.name)
     if (values.layer, values.site) != wanted:
         raise MethodError(
             f"the values given were optimised at {values.site} {values.layer}, but "

@@ -47,6 +47,7 @@ class Prepared:
     target_place: Tensor  # ... place in the suffix whose logits predict it ...
     target_id: Tensor  # ... its id ...
     target_weight: Tensor  # ... and 1 / (tokens of the target * prompts of the value)
+    target_watched: Tensor  # target tokens: whether the prompt has a prefix, or none has
 
     def only(self, kept: Tensor) -> Prepared:
         """The batch of the values with index in `kept`."""
@@ -73,6 +74,7 @@ class Prepared:
             target_place=self.target_place[tokens],
             target_id=self.target_id[tokens],
             target_weight=self.target_weight[tokens],
+            target_watched=self.target_watched[tokens],
         )
 
 
@@ -135,6 +137,7 @@ def prepare(
     precise = torch.promote_types(seen["hidden"].dtype, torch.float32)
     at_site = per_token(parts.model, seen["site"], ids.shape, sites["site"][0], "output")[:, 0]
     columns = [owner[index] for index in bare]
+    unprefixed = set(bare) if contexts > 1 else set()
     return Prepared(
         layer=layer,
         owner=torch.tensor(owner, device=device),
@@ -152,6 +155,7 @@ def prepare(
         target_place=torch.tensor(target_place, device=device),
         target_id=torch.tensor(target_id, device=device),
         target_weight=torch.tensor(target_weight, device=device, dtype=precise),
+        target_watched=torch.tensor([row not in unprefixed for row in target_row], device=device),
     )
 
 

@@ -7,7 +7,10 @@ from
 
 - kmeng01/rome at 0874014 (2022-10-14): hparams/ROME, unchanged since 2022-08-05;
 - kmeng01/memit at 80426fd (2022-11-14): hparams/MEMIT, unchanged since the first one, 2022-10-13;
-- scalable-model-editing/unified-model-editing, branch main at 23d72b5 (2024-11-26): hparams/EMMET.
+- scalable-model-editing/unified-model-editing, branch main at 23d72b5 (2024-11-26): hparams/EMMET;
+- jianghoucheng/AlphaEdit at f5248d3 (2024-10-17): hparams/AlphaEdit, whose L2 is the ridge;
+- scalable-model-editing/knowledge-editing-regularization at 6e3ba9a (2025-05-23): hparams/ENCORE,
+  whose update_norm_lambda is norm_weight times the ridge.
 
 EMMET's have changed with time. w multiplies C0, emmet_lambda is added to the Gram matrix, and the
 two are MEMIT with lam = w * emmet_lambda, :eq:`bridge-released`:
@@ -49,6 +52,15 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
         "EMMET_RELEASED": {"layers": (17,), "ridge": 100.0},
         # kmeng01/memit, hparams/MEMIT/gpt2-xl.json (2022-10-13)
         "MEMIT": {"layers": (13, 14, 15, 16, 17), "ridge": 20_000.0},
+        # AlphaEdit, hparams/AlphaEdit/gpt2-xl.json (110e051, 2024-10-15)
+        "AlphaEdit": {"layers": (13, 14, 15, 16, 17), "ridge": 10.0},
+        # knowledge-editing-regularization, hparams/ENCORE/gpt2-xl.json (df30617, 2025-05-20)
+        "ENCORE": {
+            "layers": (13, 14, 15, 16, 17),
+            "ridge": 20_000.0,
+            "norm_weight": 10 / 20_000,
+            "prob_cutoff": -4,
+        },
     },
     ("gptj", 28, 4096): {
         # kmeng01/rome, hparams/ROME/EleutherAI_gpt-j-6B.json (2022-07-30)
@@ -58,13 +70,25 @@ SETTINGS: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {
         "EMMET_RELEASED": {"layers": (5,), "ridge": 0.1, "steps": 25},
         # kmeng01/memit, hparams/MEMIT/EleutherAI_gpt-j-6B.json (2022-10-13)
         "MEMIT": {"layers": (3, 4, 5, 6, 7, 8), "ridge": 15_000.0, "steps": 25},
+        # AlphaEdit, hparams/AlphaEdit/EleutherAI_gpt-j-6B.json (110e051, 2024-10-15)
+        "AlphaEdit": {"layers": (3, 4, 5, 6, 7, 8), "ridge": 10.0, "steps": 25},
     },
-    # atlas, the embedded model: chosen for this project on its own records (benchmarks/)
+    # atlas, the embedded model: chosen for this project on its own records (benchmarks/); those of
+    # AlphaEdit and ENCORE are MEMIT's with the numbers of their papers, and not searched for
     ("gpt2", 6, 192): {
         "ROME": {"layers": (1,), "clamp": 4.0},
         "EMMET": {"layers": (1,), "clamp": 1.25, "stop_loss": 0.02},
         "EMMET_RELEASED": {"layers": (1,), "clamp": 1.25, "stop_loss": 0.02, "ridge": 0.1},
         "MEMIT": {"layers": (0, 1), "clamp": 1.25, "stop_loss": 0.02, "ridge": 1.0},
+        "AlphaEdit": {"layers": (0, 1), "clamp": 1.25, "stop_loss": 0.02, "ridge": 1.0},
+        "ENCORE": {
+            "layers": (0, 1),
+            "clamp": 1.25,
+            "stop_loss": 0.02,
+            "ridge": 1.0,
+            "norm_weight": 5e-4,
+            "prob_cutoff": -2,
+        },
     },
 }
 

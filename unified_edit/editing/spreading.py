@@ -15,19 +15,41 @@ everything that is still missing.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from unified_edit.arguments import real_number, whole_number
 from unified_edit.editing.choices import Choice, chosen
 from unified_edit.errors import MethodError
 
+
+@dataclass(frozen=True, repr=False)
+class Spread(Choice):
+    """A distribution under its name: the share of the residual by the number of layers left.
+
+    own_targets: values are set at the first edited layer, and each layer has a target of its own:
+    what stands there when they are carried forward through the model as it was. Its residual is
+    what is missing to that, not to the value at the last layer.
+    """
+
+    own_targets: bool = False
+
+
 #: Name -> share of the residual by the number of layers left:
 #: MEMIT (arXiv 2210.07229, algorithm 1; EMMET over several layers), PMET (arXiv 2308.08742: more in
-#: the early layers), and each layer asked for all that is missing.
+#: the early layers), and each layer asked for all that is missing. "replay" asks each layer for all
+#: that is missing to a target of its own (forward replay, arXiv 2605.00358; jugechengzi/FE 4de0dba,
+#: 2026-05-01, precompute_z.py "firstforward" and algs/memit/FE-memit_main.py).
 SPREADS = {
     "memit": Choice("memit", lambda left: 1 / left),
     "pmet": Choice("pmet", lambda left: 1 / math.sqrt(left)),
     "full": Choice("full", lambda left: 1.0),
+    "replay": Spread("replay", lambda left: 1.0, own_targets=True),
 }
+
+
+def has_own_targets(distribution: Choice) -> bool:
+    """Whether each layer has a target of its own (`Spread`)."""
+    return isinstance(distribution, Spread) and distribution.own_targets
 
 
 def shares(n_layers: int, kind: str | Choice = "memit") -> tuple[float, ...]:
@@ -38,7 +60,7 @@ def shares(n_layers: int, kind: str | Choice = "memit") -> tuple[float, ...]:
 
     - "memit": 1 / layers left.
     - "pmet": 1 / sqrt(layers left): more in the early layers.
-    - "full": 1 everywhere.
+    - "full" and "replay": 1 everywhere.
 
     One layer has the share 1 in each of these. Raises MethodError unless `n_layers` is an integer
     of at least 1, `kind` is one of the above, and each share is a number.

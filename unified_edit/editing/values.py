@@ -13,7 +13,9 @@ one subject may be given one value (MEMIT-Merge, arXiv 2502.07322): its contexts
 them, each with the fact's own target, and target_init is the mean of theirs.
 
 The loop stops for a fact when its total loss is below `stop_loss`, and always before the last
-update; after each update delta is projected to norm(delta) <= clamp * norm(target_init).
+update; after each update delta is projected to norm(delta) <= clamp * norm(target_init). Two things
+that ROME and MEMIT do not have are asked for by a method: an earlier stop (`early_stop`), and norms
+that do not grow with edits (`anchors`).
 
 What the published code recomputes at every step is constant and computed once (`prepared`). Logits
 are made at target positions only. This changes the cost and not the result; `tests/test_values.py`
@@ -29,6 +31,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unified_edit.editing.anchors import anchored
+from unified_edit.editing.early_stop import is_there, losses_there
+from unified_edit.editing.keys import SITES, column_means, values_at
 from unified_edit.editing.methods import Method
 from unified_edit.editing.prepared import Prepared, fresh, prepare
 from unified_edit.errors import EditError, FactError
@@ -134,8 +139,7 @@ def compute_values(
 
     Raises EditError if a loss is not finite.
     """
-    assert method.layers is not None, "resolve the method first"
-    layer, facts = method.layers[-1], rows.facts
+    layer, facts = method.value_layer, rows.facts
     columns = tuple(columns) or tuple(range(len(facts)))
     members = members_of(columns)
     texts = [[*(row for i in one for row in rows.behind[i]), rows.kl[one[0]]] for one in members]
@@ -155,13 +159,20 @@ def compute_values(
                 delta[:, index] = found[place].double().cpu()
                 init[:, index] = batch.target_init[place].double().cpu()
                 losses[index] = tuple(history[place])
+        if method.norm_anchor:
+            outputs = column_means(values_at(parts, rows, layer, SITES["mlp"]), columns)
+            gain = parts.gain(layer, method.site(parts, layer))
+            delta = gain * anchored(outputs, delta / gain, method.norm_anchor)
     return Values(facts, layer, method.site.name, delta, init, tuple(losses), conditions, columns)
 
 
 def _losses(
     parts: Anatomy, batch: Prepared, delta: Tensor, method: Method
-) -> tuple[Tensor, Tensor]:
-    """Total loss at each row of `delta` (values x d_out), and the distributions of the KL term."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Total loss at each row of `delta` (values x d_out), and the distributions of the KL term.
+
+    The third says of each value whether the target is there as far as `prob_cutoff` asks.
+    """
     added = parts.entering(
         batch.layer,
         method.site(parts, batch.layer),
@@ -190,7 +201,7 @@ def _losses(
     divergence = (current.exp() * (current - initial)).sum(-1)
     decay = torch.linalg.vector_norm(delta, dim=1) / batch.target_init.square().sum(1)
     total = negative + method.kl_weight * divergence + (method.weight_decay or 0.0) * decay
-    return total, current
+    return total, current, is_there(batch, at_targets.detach(), method.prob_cutoff or 0.0)
 
 
 def _optimise(
@@ -205,9 +216,10 @@ def _optimise(
     optimizer = torch.optim.Adam(deltas, lr=method.learning_rate)  # type: ignore[arg-type]
     history: list[list[float]] = [[] for _ in facts]
     active = list(range(len(facts)))
+    often, needed = [0] * len(facts), losses_there(method.prob_cutoff or 0.0)
     for step in range(method.steps):
         with torch.enable_grad():
-            total, current = _losses(
+            total, current, there = _losses(
                 parts, batch, torch.stack([deltas[index] for index in active]), method
             )
         if step == 0:
@@ -220,7 +232,13 @@ def _optimise(
                     f"the loss of {facts[index].text!r} -> {facts[index].target_new!r} is {value} "
                     f"at step {step}; check the model's weights for NaN, or lower learning_rate"
                 )
-        keep = [place for place, value in enumerate(values) if value >= method.stop_loss]
+        for index, one in zip(active, there.tolist(), strict=True):
+            often[index] += one
+        keep = [
+            place
+            for place, value in enumerate(values)
+            if value >= method.stop_loss and often[active[place]] < needed
+        ]
         bar.update(len(active) - len(keep))
         if step == method.steps - 1 or not keep:
             bar.update(len(keep))

@@ -53,7 +53,7 @@ def values_for(
     with quiet(model):
         plan = editor.plan(facts, method, batch=False, on_shared_subject=on_shared_subject)
         folder = cache_folder() / editor.ledger.fingerprint()[:20] / "values"
-        layer = plan.layers[-1]
+        layer = plan.method.value_layer
         shape = (plan.weights[-1].d_out, 1)
         wanted = {
             "conditions": plan.conditions,
