@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Contexts,
         Edit,
         Editor,
+        HookLayers,
         Method,
         edit,
         fine_tune,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 #: Floor of the house -> the public names that come from it.
 _FLOORS = {
     "editing": (
-        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor Method edit fine_tune "
+        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor HookLayers Method edit fine_tune "
         "load_model optimise_values"
     ),
     "errors": "UnifiedEditError",

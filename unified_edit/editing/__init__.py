@@ -4,6 +4,9 @@ from unified_edit.editing.choices import Choice
 from unified_edit.editing.editor import Editor, edit, optimise_values
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.fine_tuning import fine_tune
+from unified_edit.editing.hook_layers import HookLayers
+from unified_edit.editing.hook_measures import Opened
+from unified_edit.editing.hook_writing import HookBatch
 from unified_edit.editing.keys import (
     KEY_MEANS,
     SITES,
@@ -33,7 +36,7 @@ from unified_edit.editing.values_cache import values_for
 
 __all__ = (
     "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEASURED MEMIT METHODS PRESERVATIONS PUBLISHED ROME "
-    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning Method Outcome Plan Provenance "
+    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning HookBatch HookLayers Method Opened Outcome Plan Provenance "
     "Touched Values compute_keys compute_values context_weights edit fine_tune load_model "
     "optimise_values read_values sample_prefixes shares values_for"
 ).split()

@@ -59,14 +59,14 @@ def write(
     watched = plan.on_shared_subject == "split" and bool(shared_subjects(plan.facts))
     with ledger.trying() as add:
         for turn in turns:
-            _write_one(parts, turn, statistics, values, made, add)
+            write_one(parts, turn, statistics, values, made, add)
             if watched:
                 made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
         made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
     return made
 
 
-def _write_one(
+def write_one(
     parts: Anatomy,
     plan: Plan,
     statistics: KeyStatistics,
