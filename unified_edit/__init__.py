@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 #: Floor of the house -> the public names that come from it.
 _FLOORS = {
     "editing": (
-        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor HookLayers Method edit fine_tune "
-        "load_model optimise_values"
+        "EMMET EMMET_RELEASED MEMIT METHODS ROME Contexts Edit Editor HookLayers Method edit "
+        "fine_tune load_model optimise_values"
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",

@@ -7,6 +7,7 @@ from unified_edit.editing.fine_tuning import fine_tune
 from unified_edit.editing.hook_layers import HookLayers
 from unified_edit.editing.hook_measures import Opened
 from unified_edit.editing.hook_writing import HookBatch
+from unified_edit.editing.hooks_beside import HookSettings
 from unified_edit.editing.keys import (
     KEY_MEANS,
     SITES,
@@ -36,7 +37,8 @@ from unified_edit.editing.values_cache import values_for
 
 __all__ = (
     "DEFAULTS EMMET EMMET_RELEASED KEY_MEANS MEASURED MEMIT METHODS PRESERVATIONS PUBLISHED ROME "
-    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning HookBatch HookLayers Method Opened Outcome Plan Provenance "
-    "Touched Values compute_keys compute_values context_weights edit fine_tune load_model "
-    "optimise_values read_values sample_prefixes shares values_for"
+    "SETTINGS SITES SPREADS Choice Contexts Edit Editor FineTuning HookBatch HookLayers Method "
+    "HookSettings Opened Outcome Plan Provenance Touched Values compute_keys compute_values "
+    "context_weights edit fine_tune load_model optimise_values read_values sample_prefixes shares "
+    "values_for"
 ).split()

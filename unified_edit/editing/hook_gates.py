@@ -1,7 +1,7 @@
 """When a hook layer takes the place of its weight: the published gate, and a causal one.
 
 A hook layer holds W_h beside the weight W0 of a down-projection. At each token it knows the key x
-and what it would change, (W_h - W0) x. Its gate opens where a score of that is at least a threshold.
+and what it would change, (W_h - W0) x. Its gate opens where a score of that reaches a threshold.
 
 **published** (arXiv 2403.05330; Syon-Li/CoachHook at 0f741a9). The score is
 
@@ -12,8 +12,8 @@ it depends on what stands behind a token and on padding; n tokens reach at most 
 which is below 2.2 for n <= 6; and one token alone, as in decoding with a cache, has Z = 0 / 0. The
 threshold starts at alpha = 2.2, and after each batch falls to the least of its prompts' largest Z.
 
-**causal**. The score is M itself, of the token alone, and the threshold the 1 - q quantile of M over
-keys to preserve. It is made anew whenever W_h changes, so that it neither falls nor drifts.
+**causal**. The score is M itself, of the token alone, and the threshold the 1 - q quantile of M
+over keys to preserve. It is made anew whenever W_h changes, so that it neither falls nor drifts.
 """
 
 from __future__ import annotations

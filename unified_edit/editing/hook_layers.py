@@ -22,25 +22,31 @@ whatever measures a model before and after takes them out and puts them back as 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from types import MappingProxyType
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import as_list, real_number, whole_number
+from unified_edit.arguments import as_list, whole_number
 from unified_edit.editing.editor import Editor
-from unified_edit.editing.hook_gates import Gate, GateName, Hooks, gate_of
-from unified_edit.editing.hook_measures import Opened, Preserved, Tokens, gates_at, share_opened
+from unified_edit.editing.hook_files import Stored, digest_of, read, write
+from unified_edit.editing.hook_gates import GateName
+from unified_edit.editing.hook_measures import (
+    Opened,
+    Preserved,
+    Tokens,
+    gates_at,
+    sampled,
+    share_opened,
+    table_of,
+)
 from unified_edit.editing.hook_writing import (
     HookBatch,
+    accumulating,
     in_force,
     opened_at_subjects,
     shut_out,
@@ -48,32 +54,27 @@ from unified_edit.editing.hook_writing import (
     with_earlier,
     write_turn,
 )
+from unified_edit.editing.hooks_beside import HooksBeside, HookSettings
 from unified_edit.editing.layer_loop import Written, lost_again, not_taken, outcomes_of
 from unified_edit.editing.methods import MEMIT, Method
 from unified_edit.editing.plans import Plan, check_statistics, checked_values
 from unified_edit.editing.values import Values
-from unified_edit.errors import EditError, MethodError, ModelChangedError
+from unified_edit.errors import EditError, MethodError
 from unified_edit.facts import Conflict, Fact, SharedSubject
 from unified_edit.model.anatomy import Tokenizer
-from unified_edit.model.fingerprints import tensor_hash
-from unified_edit.model.hooks import lock_of, quiet
+from unified_edit.model.hooks import quiet
+from unified_edit.model.ledger import ledger_of
 from unified_edit.model.likelihoods import likelihoods
 from unified_edit.model.prompts import Encoder
-from unified_edit.objective import Update
 from unified_edit.statistics import KeyStatistics, default_corpus, statistics_for
-from unified_edit.statistics.collect import Source
-from unified_edit.statistics.key_sample import collect_sample
 
 if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
 
-#: Keys to preserve that lie above the threshold in the sample; fewer make it a matter of chance.
-ABOVE = 20
 
-
-class HookLayers:
+class HookLayers(HooksBeside):
     """The hook layers of one model, edited batch after batch (COMEBA-HK, arXiv 2403.05330).
 
     >>> hooks = ue.HookLayers(model, tokenizer)                 # doctest: +SKIP
@@ -118,161 +119,23 @@ class HookLayers:
             raise MethodError(
                 f"method is a {type(method).__name__}; give a Method such as unified_edit.MEMIT"
             )
-        self.q = real_number(q, "q", MethodError, above=0)
-        if self.q >= 1:
-            raise MethodError(f"q is {q}; it is a share of tokens, below 1, such as 1e-3")
-        self.alpha = real_number(alpha, "alpha", MethodError)
-        self._gate: Gate = gate_of(gate, self.alpha)
-        self.seed = whole_number(seed, "seed", MethodError, least=-(2**63), below=2**63)
-        wanted = ABOVE / self.q if sample is None else sample
-        self.sample = whole_number(
-            round(wanted) if sample is None else sample,
-            "sample",
-            MethodError,
-            least=round(1 / self.q),
-            advice="The 1 - q quantile of fewer than 1 / q keys is beyond all of them",
-        )
-        self._texts = None if texts is None else tuple(as_list(texts))
-        self._editor = Editor(
+        editor = Editor(
             model,
             tokenizer,
+            method=accumulating(method.resolve(model)),
             statistics=statistics,
-            seed=self.seed,
+            seed=whole_number(seed, "seed", MethodError, least=-(2**63), below=2**63),
             on_shared_subject=on_shared_subject,
             on_conflict=on_conflict,
         )
-        self.method = method.resolve(model)
-        if self.method.ridge_for(1) == 0 or self.method.sequential:
-            raise MethodError(
-                f"{method.name} holds an equality, but hook layers accumulate keys as lam C0 + "
-                "K K' with a ridge lam: give unified_edit.MEMIT, or method.replace(ridge=...)"
-            )
-        if self.method.preservation.name != "C0":
-            raise MethodError(
-                f"{method.name} preserves {self.method.preservation.name!r}; hook layers "
-                "accumulate keys onto C0: method.replace(preservation='C0')"
-            )
-        self.fingerprint = self._editor.ledger.fingerprint()
-        self.facts: tuple[Fact, ...] = ()
-        self.batches = 0
-        self._hooks = Hooks(self._gate)
-        self._source: Source | None = None  # of C0
-        self._preserved: Preserved | None = None
-        self._id = ""
-
-    # -- what it is ---------------------------------------------------------------------------
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model; EditError if nobody has kept it."""
-        return self._editor.model
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The blocks that have a hook layer, ascending."""
-        assert self.method.layers is not None
-        return self.method.layers
-
-    @property
-    def gate(self) -> GateName:
-        """The name of the gate."""
-        return self._gate.name
-
-    @property
-    def thresholds(self) -> dict[int, float]:
-        """{layer: at which its gate opens}."""
-        return {
-            layer: self._hooks.layers[layer].threshold if self._hooks.layers else self._gate.start
-            for layer in self.layers
-        }
-
-    def delta(self, layer: int) -> Tensor:
-        """W_h - W0 of a layer: (d_out x d_in, float64)."""
-        number = whole_number(layer, "a layer", EditError)
-        if number not in self.layers:
-            raise EditError(f"there is no hook layer at {number}, only at {self.layers}")
-        if number in self._hooks.layers:
-            return self._hooks.layers[number].delta.clone()
-        weight = self._editor.parts.weight(number)
-        return torch.zeros(weight.d_out, weight.d_in, dtype=torch.float64)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory: the same after every batch but the first, beside the list of facts."""
-        kept = 0 if self._preserved is None else self._preserved.sample.nbytes
-        return kept + sum(one.nbytes for one in self._hooks.layers.values())
-
-    @property
-    def id(self) -> str:
-        """16 hexadecimal digits, from everything that the hooks do."""
-        if not self._id:
-            told = {
-                str(layer): [tensor_hash(one.delta), one.threshold]
-                for layer, one in self._hooks.layers.items()
-            }
-            digest = hashlib.sha256(json.dumps([self.gate, self.layers, told]).encode())
-            self._id = digest.hexdigest()[:16]
-        return self._id
-
-    @property
-    def updates(self) -> Mapping[str, Update]:
-        """What is added to weights: nothing."""
-        return MappingProxyType({})
-
-    # -- in a model ---------------------------------------------------------------------------
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether the hooks are in force."""
-        return any(entry is self for entry in self._editor.ledger.active)
-
-    def attach(self) -> HookLayers:
-        """Put the hooks in force; return the hook layers. Nothing happens where they are.
-
-        Raises EditError where the model has other hook layers, ModelChangedError where its weights
-        are not those that the hook layers were made beside.
-        """
-        ledger = self._editor.ledger
-        with lock_of(self.model):
-            if ledger.fingerprint() != self.fingerprint:
-                raise ModelChangedError(
-                    "the model's weights are not those that these hook layers were made beside: "
-                    "something changed them. Load the model again, and the hook layers from their "
-                    "file"
-                )
-            if not self.is_attached:
-                if any(isinstance(entry, HookLayers) for entry in ledger.active):
-                    raise EditError(
-                        "the model has other hook layers in force; remove them first (.remove())"
-                    )
-                ledger.activate((*ledger.active, self))
-        return self
-
-    def remove(self) -> None:
-        """Take the hooks out: the model is what it was, bit for bit. `attach` puts them back."""
-        ledger = self._editor.ledger
-        with lock_of(self.model):
-            if self.is_attached:
-                ledger.activate([entry for entry in ledger.active if entry is not self])
-
-    def __enter__(self) -> HookLayers:
-        return self.attach()
-
-    def __exit__(self, *_problem: object) -> None:
-        self.remove()
-
-    def enter(self) -> None:
-        """For the ledger: register the hooks."""
-        self._hooks.register(self._editor.parts, self.layers)
-
-    def leave(self) -> None:
-        """For the ledger: take them out."""
-        self._hooks.remove()
+        super().__init__(editor, HookSettings(gate, q, alpha, sample))
+        self._texts = None if texts is None else tuple(as_list(texts))
+        self._texts_were = digest_of(self._texts)
 
     # -- batches ------------------------------------------------------------------------------
 
     def edit(self, facts: Iterable[Fact] | Fact, *, values: Values | None = None) -> HookBatch:
-        """Write a batch beside the weights, on top of the earlier ones; the hooks are in force then.
+        """Write a batch beside the weights, on top of the earlier ones; attached if they were not.
 
         values: from `Editor.optimise_values` with these hooks in force, `method` and seed.
 
@@ -291,7 +154,7 @@ class HookLayers:
             parts, known = self._editor.parts, self._source
             if not hooks.layers:
                 statistics = self._statistics(plan)
-                hooks.layers = untouched(plan, statistics, self._gate.start)
+                hooks.layers = untouched(plan, statistics, self._hooks.gate.start)
                 known = statistics.source
             assert known is not None
             preserved = self._preserved_keys([fact.subject for fact in plan.facts])
@@ -299,7 +162,7 @@ class HookLayers:
             made = Written()
             turns = [plan.of(turn) for turn in plan.turns]
             for turn in turns:
-                write_turn(parts, turn, hooks, known, values, made, preserved, self.q)
+                write_turn(parts, turn, hooks, known, values, made, preserved, self.settings.q)
                 if len(turns) > 1:
                     made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
             made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
@@ -325,34 +188,35 @@ class HookLayers:
 
     def _preserved_keys(self, subjects: Sequence[str]) -> Preserved | None:
         """The keys that a causal gate is to leave alone, without those of some more subjects."""
-        if not self._gate.causal:
+        if not self._hooks.gate.causal:
             return None
         if self._preserved is not None:
             return self._preserved.without(subjects)
         editor = self._editor
-        key = ("key sample", self.fingerprint, self.layers, self.sample, self.seed)
-        found = None if self._texts is not None else editor.memory.get(key)
-        if found is None:
-            with editor.ledger.base_state():
-                found = collect_sample(
-                    editor.parts,
-                    Encoder(editor.tokenizer, editor.parts),
-                    self._text(0),
-                    self.layers,
-                    self.sample,
-                    self.seed,
-                )
-            if self._texts is None:
-                editor.memory.put(key, found, found.nbytes)
-        if len(found) * self.q < 1:
+        found = sampled(
+            editor,
+            self._text(0),
+            self.layers,
+            self.settings.keys,
+            editor.seed,
+            kept=self._texts is None,
+        )
+        if len(found) * self.settings.q < 1:
             log.warning(
                 "the texts have only %d tokens to take a quantile of 1 - %g from, so that each "
-                "counts as more than q: give more texts, or a larger q", len(found), self.q
-            )  # fmt: skip
+                "counts as more than q: give more texts, or a larger q",
+                len(found),
+                self.settings.q,
+            )
         return Preserved.of(found, [*(fact.subject for fact in self.facts), *subjects])
 
     def _text(self, which: int) -> Iterator[str]:
         """Every other text of those to be preserved, from the first (0) or the second (1) on."""
+        if digest_of(self._texts) != self._texts_were:
+            raise EditError(
+                "these hook layers preserve other texts than those at hand; give the texts that "
+                "they were made with: HookLayers.load(path, model, tokenizer, texts=...)"
+            )
         given = default_corpus(self.model) if self._texts is None else self._texts
         return islice(given, which, None, 2)
 
@@ -361,7 +225,9 @@ class HookLayers:
     def _passes(self, texts: Iterable[str]) -> Iterator[Tokens]:
         editor, subjects = self._editor, [fact.subject for fact in self.facts]
         encoder = Encoder(editor.tokenizer, editor.parts)
-        return gates_at(editor.parts, encoder, texts, subjects, self._hooks.layers, self._gate)
+        return gates_at(
+            editor.parts, encoder, texts, subjects, self._hooks.layers, self._hooks.gate
+        )
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
@@ -399,22 +265,65 @@ class HookLayers:
         Columns: text (its number), token (its characters), subject (whether an edited one ends
         there), layer, score, threshold, open.
         """
-        import pandas as pd
-
         read = as_list(texts)
         with self._asked():
-            lines = [
-                {
-                    "text": number,
-                    "token": read[number][start:end],
-                    "subject": bool(one.subject[place]),
-                    "layer": layer,
-                    "score": float(one.scores[layer][place]),
-                    "threshold": self._hooks.layers[layer].threshold,
-                    "open": bool(one.opened[layer][place]),
-                }
-                for one in self._passes(read)
-                for place, (number, start, end) in enumerate(one.places.tolist())
-                for layer in self.layers
-            ]
-        return pd.DataFrame(lines).sort_values(["text"], kind="stable", ignore_index=True)
+            return table_of(self._passes(read), read, self._hooks.layers)
+
+    # -- on disk ------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: W_h - W0, what was accumulated, thresholds, facts, origin.
+
+        Raises EditError where nothing was written into the layers, EditFileError if the file cannot
+        be written.
+        """
+        if self._source is None:
+            raise EditError("nothing was written into these hook layers yet; edit first")
+        editor = self._editor
+        stored = Stored(
+            layers=self._hooks.layers,
+            settings=self.settings,
+            method=self.method,
+            source=self._source,
+            facts=self.facts,
+            batches=self.batches,
+            seed=editor.seed,
+            on_shared_subject=editor.on_shared_subject,
+            on_conflict=editor.on_conflict,
+            texts=self._texts_were,
+        )
+        write(path, stored, editor, self.fingerprint)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        *,
+        texts: Iterable[str] | None = None,
+    ) -> HookLayers:
+        """Read hook layers of this model; `attach` puts them in force, and `edit` goes on.
+
+        texts: those they were made with, if any were given; needed only where one goes on.
+
+        Raises EditFileError for a file that is missing, damaged, something else, or made beside
+        another model.
+        """
+        stored = read(path, ledger_of(model))
+        made = cls(
+            model,
+            tokenizer,
+            method=stored.method,
+            gate=stored.settings.gate,
+            q=stored.settings.q,
+            alpha=stored.settings.alpha,
+            sample=stored.settings.sample,
+            texts=texts,
+            seed=stored.seed,
+            on_shared_subject=stored.on_shared_subject,
+            on_conflict=stored.on_conflict,
+        )
+        made._hooks.layers, made._source = stored.layers, stored.source
+        made.facts, made.batches, made._texts_were = stored.facts, stored.batches, stored.texts
+        return made

@@ -1,21 +1,25 @@
-"""At which tokens the gates of hook layers open: what thresholds are made from, and held against."""
+"""At which tokens gates of hook layers open: what thresholds are made from and held against."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from unified_edit.editing.editor import Editor
 from unified_edit.editing.hook_gates import Gate, HookLayer, quantile_threshold
 from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import left_padded
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.model.prompts import Encoder
-from unified_edit.statistics.key_sample import KeySample, ends_at, keys_in
+from unified_edit.statistics.key_sample import KeySample, collect_sample, ends_at, keys_in
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Keys whose scores are made at a time.
 _AT_ONCE = 4096
@@ -50,16 +54,15 @@ class Preserved:
         """The same without those of some more subjects."""
         return Preserved(self.sample, self.used & ~self.sample.ends(subjects))
 
-    def threshold(self, layer: int, hook: HookLayer, gate: Gate, q: float, device: object) -> float:
+    def threshold(
+        self, layer: int, hook: HookLayer, gate: Gate, q: float, device: torch.device
+    ) -> float:
         """The 1 - q quantile of the scores of the keys at a layer.
 
         Raises StatisticsError where all keys belong to edited subjects.
         """
         keys = self.sample.keys[layer]
-        scores = [
-            gate.score(hook.moved(some.to(device))).cpu()  # type: ignore[call-overload]
-            for some in keys.split(_AT_ONCE)
-        ]
+        scores = [gate.score(hook.moved(some.to(device))).cpu() for some in keys.split(_AT_ONCE)]
         kept = torch.cat(scores)[self.used]
         if not len(kept):
             raise StatisticsError(
@@ -89,10 +92,33 @@ def scores_of(
         with captured(sites) as seen:
             parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         for layer, (module, _) in sites.items():
-            keys = per_token(parts.model, seen.get(layer), inputs["input_ids"].shape, module, "input")
+            keys = per_token(
+                parts.model, seen.get(layer), inputs["input_ids"].shape, module, "input"
+            )
             scores = gate.score(layers[layer].moved(keys)).cpu()
             for place, index in enumerate(chosen):
                 found[layer][index] = scores[place]
+    return found
+
+
+def sampled(
+    editor: Editor,
+    texts: Iterable[str],
+    layers: Sequence[int],
+    count: int,
+    seed: int,
+    *,
+    kept: bool,
+) -> KeySample:
+    """A sample of the base model's keys on some texts; with `kept`, made once for the model."""
+    key = ("key sample", editor.ledger.fingerprint(), tuple(layers), count, seed)
+    found: KeySample | None = editor.memory.get(key) if kept else None
+    if found is None:
+        encoder = Encoder(editor.tokenizer, editor.parts)
+        with editor.ledger.base_state():
+            found = collect_sample(editor.parts, encoder, texts, layers, count, seed)
+        if kept:
+            editor.memory.put(key, found, found.nbytes)
     return found
 
 
@@ -152,3 +178,26 @@ def share_opened(
         what = "the last one of an edited subject" if at_subjects else "to be left alone"
         raise StatisticsError(f"no token of these texts is {what}; give other texts")
     return Opened(total, {layer: count / total for layer, count in counts.items()})
+
+
+def table_of(
+    passes: Iterable[Tokens], texts: Sequence[str], layers: Mapping[int, HookLayer]
+) -> pd.DataFrame:
+    """What the gates do at each token of some texts: one row a token and layer."""
+    import pandas as pd
+
+    lines = [
+        {
+            "text": number,
+            "token": texts[number][start:end],
+            "subject": bool(one.subject[place]),
+            "layer": layer,
+            "score": float(one.scores[layer][place]),
+            "threshold": hook.threshold,
+            "open": bool(one.opened[layer][place]),
+        }
+        for one in passes
+        for place, (number, start, end) in enumerate(one.places.tolist())
+        for layer, hook in layers.items()
+    ]
+    return pd.DataFrame(lines).sort_values("text", kind="stable", ignore_index=True)

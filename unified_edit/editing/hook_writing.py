@@ -12,10 +12,11 @@ from unified_edit.editing.hook_gates import HookLayer, Hooks, fallen_threshold
 from unified_edit.editing.hook_measures import Preserved, scores_of
 from unified_edit.editing.keys import column_means, values_at
 from unified_edit.editing.layer_loop import Written, write_one
+from unified_edit.editing.methods import Method
 from unified_edit.editing.plans import Plan
 from unified_edit.editing.provenance import Outcome
 from unified_edit.editing.values import Values, compute_values
-from unified_edit.errors import ContradictionError
+from unified_edit.errors import ContradictionError, MethodError
 from unified_edit.facts import Conflict, Fact, shared_subjects
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.prompts import FactRows
@@ -59,6 +60,22 @@ class HookBatch:
             }
             for fact, outcome in zip(self.facts, self.outcomes, strict=True)
         )
+
+
+def accumulating(method: Method) -> Method:
+    """The method, resolved; MethodError unless keys can be accumulated for it as lam C0 + K K'."""
+    if method.ridge_for(1) == 0 or method.sequential:
+        raise MethodError(
+            f"{method.name} holds an equality, but hook layers accumulate keys as lam C0 + K K', "
+            "with a ridge lam: give unified_edit.MEMIT, or method.replace(ridge=..., "
+            "ridge_from=1, sequential=False)"
+        )
+    if method.preservation.name != "C0":
+        raise MethodError(
+            f"{method.name} preserves {method.preservation.name!r}; hook layers accumulate keys "
+            "onto C0: method.replace(preservation='C0')"
+        )
+    return method
 
 
 def write_turn(
@@ -137,7 +154,9 @@ def shut_out(facts: Sequence[Fact], opened: Mapping[int, Sequence[bool]]) -> lis
     return warnings
 
 
-def with_earlier(earlier: Sequence[Fact], facts: Sequence[Fact], on_conflict: Conflict) -> list[str]:
+def with_earlier(
+    earlier: Sequence[Fact], facts: Sequence[Fact], on_conflict: Conflict
+) -> list[str]:
     """Notes on facts that overrule one of an earlier batch, or share a subject with one.
 
     Raises ContradictionError for the former if `on_conflict` is "raise".

@@ -43,10 +43,11 @@ def keys_in(
     padded: bool = True,
     max_tokens: int = 1024,
 ) -> Iterator[Pass]:
-    """The keys of all tokens of some texts, by the model as it is; texts without words are left out.
+    """The keys of all tokens of some texts, by the model as it is.
 
-    Each text stands alone, cut after `max_tokens` tokens, or what the model can read. Texts are
-    numbered from 0 as they come. With `padded` False rows of one forward have one length.
+    Texts without words are left out; each of the others stands alone, cut after `max_tokens`
+    tokens, or what the model can read. They are numbered from 0 as they come. With
+    `padded` False rows of one forward have one length.
 
     Raises StatisticsError for a text that is no string, and what `Encoder.encode` raises.
     """
@@ -131,11 +132,11 @@ def collect_sample(
                 if layer not in kept:
                     kept[layer] = torch.zeros(count, keys.shape[-1], dtype=keys.dtype)
             now = torch.arange(total, total + len(one.places))
-            slots = (torch.rand(len(now), generator=generator, dtype=torch.float64) * (now + 1)).long()
-            slots = torch.where(now < count, now, slots)
+            drawn = torch.rand(len(now), generator=generator, dtype=torch.float64) * (now + 1)
+            slots = torch.where(now < count, now, drawn.long())
             # of two that take one slot the later stays
             taken = {slot: place for place, slot in enumerate(slots.tolist()) if slot < count}
-            where, which = torch.tensor(list(taken)).long(), torch.tensor(list(taken.values())).long()
+            where, which = (torch.tensor(list(one)).long() for one in (taken, taken.values()))
             places[where] = one.places[which]
             for layer, keys in one.keys.items():
                 kept[layer][where] = keys[one.real.to(keys.device)][which.to(keys.device)].cpu()
@@ -147,8 +148,8 @@ def collect_sample(
         raise StatisticsError("there is no text to take keys from; give texts with words in them")
     size = min(total, count)
     # a copy of what is needed, where there was less
-    keys = {layer: value[:size].clone() if size < count else value for layer, value in kept.items()}
-    return KeySample(keys, tuple(read), places[:size])
+    whole = {layer: one[:size].clone() if size < count else one for layer, one in kept.items()}
+    return KeySample(whole, tuple(read), places[:size])
 
 
 def _noted(texts: Iterable[str], into: list[str]) -> Iterator[str]:
