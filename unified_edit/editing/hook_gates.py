@@ -104,10 +104,17 @@ class HookLayer:
 
     def plus(self, delta: Tensor) -> HookLayer:
         """The layer with W_h moved by `delta`, validated."""
-        moved = self.delta + delta.to(self.delta)
+        moved = (self.delta + delta.to(self.delta)).contiguous()
         if not bool(torch.isfinite(moved).all()):
             raise EditError("W_h is not finite: use a larger ridge or a smaller clamp")
         return replace(self, delta=moved, temporary=False, _made={})
+
+    def preserving(self, keys: Tensor, weight: float) -> HookLayer:
+        """The layer with the cost of `weight` ||Delta K||^2 added for some keys (d_in x E)."""
+        sum_ = self.metric.plus(keys, weight)
+        # laid out as it is after a file was read: the same bits come of it then
+        factor = sum_.factor.contiguous()
+        return replace(self, metric=Metric.from_factor(factor, sum_.alive, sum_.dim))
 
     def moved(self, keys: Tensor) -> Tensor:
         """(W_h - W0) x of keys (... x d_in): (... x d_out), in their type and on their device."""

@@ -14,7 +14,7 @@ from unified_edit.editing.hook_gates import Gate, HookLayer, quantile_threshold
 from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import left_padded
-from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
+from unified_edit.model.hooks import PLAIN_OUTPUT, captured, of_one_length, per_token
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics.key_sample import KeySample, collect_sample, ends_at, keys_in
 
@@ -84,10 +84,7 @@ def scores_of(
     """
     found: dict[int, list[Tensor]] = {layer: [torch.empty(0)] * len(rows) for layer in layers}
     sites = {layer: (parts.down(layer), "input") for layer in layers}
-    of_length: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        of_length.setdefault(len(row), []).append(index)
-    for chosen in of_length.values():
+    for chosen in of_one_length(rows):
         inputs = left_padded([rows[index] for index in chosen], parts.model.device)
         with captured(sites) as seen:
             parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)

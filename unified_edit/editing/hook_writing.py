@@ -93,6 +93,7 @@ def write_turn(
     source: of C0. preserved: for the thresholds of a causal gate, of q.
     """
     rows, columns = plan.rows, plan.columns
+    parts = replace(parts, causal=hooks.gate.causal)
     if values is None:
         values = compute_values(parts, rows, plan.method, plan.conditions, columns)
     hooks.layers = {layer: replace(one, temporary=True) for layer, one in hooks.layers.items()}
@@ -112,7 +113,7 @@ def write_turn(
     made.values[-1] = values
     for weight in plan.weights:
         hook, keys = hooks.layers[weight.layer], made.keys[weight.name][-1]
-        hooks.put(weight.layer, replace(hook, metric=hook.metric.plus(keys, 1 / plan.ridge)))
+        hooks.put(weight.layer, hook.preserving(keys, 1 / plan.ridge))
     if not hooks.gate.causal:
         _let_fall(parts, rows, hooks)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Self
@@ -169,6 +170,13 @@ class HooksBeside:
         with lock_of(self.model):
             if self.is_attached:
                 ledger.activate([entry for entry in ledger.active if entry is not self])
+
+    @contextmanager
+    def out(self) -> Iterator[Self]:
+        """Inside, the hooks are not in force; after, the model is in the state that was found."""
+        with self._editor.ledger.state_kept():
+            self.remove()
+            yield self
 
     def __enter__(self) -> Self:
         return self.attach()

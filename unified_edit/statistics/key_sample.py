@@ -21,17 +21,24 @@ from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics.collect import groups
 
+#: Texts that are batched by length: of so many, all or none are taken.
+TOGETHER = 32
 #: Tokens that are looked at for each one that is kept.
 SEEN_PER_KEPT = 2
 
 
 class Pass(NamedTuple):
-    """What one forward gave: keys (rows x tokens x d_in) of each layer; which tokens are no padding
-    (rows x tokens); of those, row by row, text, first and last character (tokens x 3)."""
+    """What one forward gave.
+
+    keys: (rows x tokens x d_in) of each layer. real: which tokens are no padding (rows x tokens).
+    places: of those, row by row, text, first and last character (tokens x 3). last: whether all
+    texts up to here are done, so that one may stop without favouring long ones.
+    """
 
     keys: dict[int, Tensor]
     real: Tensor
     places: Tensor
+    last: bool
 
 
 def keys_in(
@@ -55,23 +62,27 @@ def keys_in(
     sites = {layer: (parts.down(layer), "input") for layer in layers}
     first = 0
     for group in groups(texts):
-        numbers = [place for place, text in enumerate(group) if text.strip()]
-        found = encoder.encode([group[place] for place in numbers]) if numbers else []
-        lengths = [min(longest, len(one.ids)) for one in found]
-        for chosen in _batches(lengths, forward_tokens(parts.model.device), padded):
-            inputs = left_padded([found[i].ids[:longest] for i in chosen], parts.model.device)
-            with captured(sites) as seen:
-                parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
-            real = inputs["attention_mask"].bool().cpu()
-            keys = {
-                layer: per_token(parts.model, seen.get(layer), real.shape, module, "input")
-                for layer, (module, _) in sites.items()
-            }
-            places = [
-                (first + numbers[i], *span) for i in chosen for span in found[i].spans[:longest]
-            ]
-            yield Pass(keys, real, torch.tensor(places))
-        first += len(group)
+        for begin in range(0, len(group), TOGETHER):
+            some = group[begin : begin + TOGETHER]
+            numbers = [place for place, text in enumerate(some) if text.strip()]
+            found = encoder.encode([some[place] for place in numbers]) if numbers else []
+            rows = [one.ids[:longest] for one in found]
+            tokens = forward_tokens(parts.model.device)
+            batches = list(_batches([len(row) for row in rows], tokens, padded))
+            for chosen in batches:
+                inputs = left_padded([rows[i] for i in chosen], parts.model.device)
+                with captured(sites) as seen:
+                    parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
+                real = inputs["attention_mask"].bool().cpu()
+                keys = {
+                    layer: per_token(parts.model, seen.get(layer), real.shape, module, "input")
+                    for layer, (module, _) in sites.items()
+                }
+                places = [
+                    (first + numbers[i], *span) for i in chosen for span in found[i].spans[:longest]
+                ]
+                yield Pass(keys, real, torch.tensor(places), chosen is batches[-1])
+            first += len(some)
 
 
 def _batches(lengths: Sequence[int], tokens: int, padded: bool) -> Iterator[list[int]]:
@@ -116,7 +127,7 @@ def collect_sample(
     count: int,
     seed: int = 0,
 ) -> KeySample:
-    """`count` keys of each layer, drawn by a reservoir from the first 2 * `count` tokens of texts.
+    """`count` keys of each layer, drawn by a reservoir from the first 2 * `count` tokens, or some more.
 
     All tokens are as likely, and all layers have the same ones. By the model as it is: take edits
     out before. Fewer keys where there is less text; StatisticsError where there is none.
@@ -142,7 +153,7 @@ def collect_sample(
                 kept[layer][where] = keys[one.real.to(keys.device)][which.to(keys.device)].cpu()
             total += len(now)
             bar.update(len(now))
-            if total >= SEEN_PER_KEPT * count:
+            if one.last and total >= SEEN_PER_KEPT * count:
                 break
     if not total:
         raise StatisticsError("there is no text to take keys from; give texts with words in them")
