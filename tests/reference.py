@@ -344,7 +344,8 @@ def value_loss(
         text, position = filled_in(tokenizer, template, subject, context)
         ids, n_prompt = ids_with_target(tokenizer, text, target)
         with delta_added(module, position, delta):
-            log_p = logits_of(model, ids).log_softmax(dim=-1)
+            # the last token is predicted, not read
+            log_p = logits_of(model, ids[:-1]).log_softmax(dim=-1)
         per_token = [-log_p[i - 1, ids[i]] for i in range(n_prompt, len(ids))]
         per_context.append(torch.stack(per_token).mean())
 
@@ -644,3 +645,109 @@ def harmonic_mean(*scores: float) -> float:
     if any(score == 0 for score in scores):
         return 0.0
     return len(scores) / sum(1 / score for score in scores)
+
+
+# --------------------------------------------------------------------------- hook layers
+
+
+@dataclass
+class Hook:
+    """One hook layer of COMEBA-HK (arXiv 2403.05330; Syon-Li/CoachHook at 0f741a9).
+
+    W_h (d_out x d_in), C_accu = lam C0 + sum of K K^T, the threshold, and how it acts: "validated"
+    (W_h x where the gate opens), "temporary" (always W_h x), or "off".
+    """
+
+    W_h: Tensor
+    C_accu: Tensor
+    threshold: float
+    acts: str = "off"
+
+
+def moved_by(hook: Hook, W0: Tensor, x: Tensor) -> Tensor:
+    """M (tokens): how far W_h x is from W0 x."""
+    return torch.stack([(hook.W_h @ k - W0 @ k).norm() for k in x.double()])
+
+
+def z_scores(M: Tensor) -> Tensor:
+    """(M - mean) / std over the tokens of the sequence."""
+    return (M - M.mean()) / M.std()
+
+
+@contextmanager
+def hooked(model: Any, hooks: Mapping[int, Hook], gate: str) -> Iterator[None]:
+    """Inside, one sequence at a time is read with the hooks as they are then."""
+
+    def act(layer: int) -> Callable[..., Any]:
+        W0 = weight_of(model, layer)
+
+        def hook(_module: Any, args: Any, output: Tensor) -> Tensor:
+            one, x = hooks[layer], args[0][0]
+            scores = moved_by(one, W0, x)
+            if gate == "published":
+                scores = z_scores(scores)
+            new = output.clone()
+            for token in range(len(x)):
+                opens = one.acts == "temporary" or scores[token] >= one.threshold
+                if one.acts != "off" and opens:
+                    new[0, token] = output[0, token] + (one.W_h - W0) @ x[token].double()
+            return new
+
+        return hook
+
+    handles = [down_projection(model, i).register_forward_hook(act(i)) for i in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def weight_of(model: Any, layer: int) -> Tensor:
+    """W (d_out x d_in)."""
+    projection = down_projection(model, layer)
+    weight = projection.weight.detach().double()
+    return weight.clone() if isinstance(projection, torch.nn.Linear) else weight.T.clone()
+
+
+def hook_batch(
+    model: Any, tokenizer: Any, facts: Sequence[Fact], hooks: dict[int, Hook], gate: str,
+    contexts: Sequence[str], preserved: Mapping[int, Tensor], q: float, **loop: Any,
+) -> None:  # fmt: skip
+    """One batch of COMEBA-HK, into `hooks` ({layer: Hook}, W_h = W0 and C_accu = lam C0 at first).
+
+    gate: "published", or "causal" with the 1 - q quantile of M over `preserved` keys
+    ({layer: (tokens x d_in)}) as the threshold, made anew when W_h changes.
+    """
+    layers = sorted(hooks)
+    last = layers[-1]
+    with hooked(model, hooks, gate):
+        for hook in hooks.values():
+            hook.acts = "validated"
+        zs = [
+            value(model, tokenizer, template, subject, target, contexts, last, **loop).z
+            for template, subject, target in facts
+        ]
+        for hook in hooks.values():
+            hook.acts = "temporary"
+        for i, layer in enumerate(layers):
+            hook, ks, rs = hooks[layer], [], []
+            for (template, subject, _), z in zip(facts, zs, strict=True):
+                ks.append(key(model, tokenizer, template, subject, contexts, layer))
+                rs.append(z - site_value(model, tokenizer, template, subject, last, "block"))
+            K, R = torch.stack(ks, dim=1), torch.stack(rs, dim=1) / (len(layers) - i)
+            hook.W_h = hook.W_h + R @ K.T @ inv(hook.C_accu + K @ K.T)
+            hook.C_accu = hook.C_accu + K @ K.T
+            if gate == "causal":
+                M = moved_by(hook, weight_of(model, layer), preserved[layer])
+                hook.threshold = torch.quantile(M, 1 - q).item()
+            hook.acts = "validated"
+        for hook in hooks.values():
+            hook.acts = "off"
+    if gate == "published":
+        for layer, hook in hooks.items():
+            for template, subject, _ in facts:
+                text, _ = filled_in(tokenizer, template, subject, "{}")
+                x = keys_of_text(model, encode(tokenizer, text), layer)
+                best = z_scores(moved_by(hook, weight_of(model, layer), x)).max().item()
+                hook.threshold = min(hook.threshold, best)

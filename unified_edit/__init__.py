@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Contexts,
         Edit,
         Editor,
+        HookLayers,
         Method,
         edit,
         fine_tune,
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
 _FLOORS = {
     "editing": (
         "ALPHAEDIT EMMET EMMET_RELEASED ENCORE MEMIT MEMIT_REPLAY METHODS PMET P_ROME ROME "
-        "ROME_RELEASED R_ROME Contexts Edit Editor Method edit fine_tune load_model null_space "
-        "optimise_values"
+        "ROME_RELEASED R_ROME Contexts Edit Editor HookLayers Method edit fine_tune load_model "
+        "null_space optimise_values"
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Opened(Protocol):
+class Owner(Protocol):
     """What is needed of an `Editor`."""
 
     tokenizer: Tokenizer
@@ -82,7 +82,7 @@ class Undone:
     replayed: tuple[Edit, ...] = ()
 
 
-def undo(editor: Opened, edit: Edit, again: bool) -> Undone:
+def undo(editor: Owner, edit: Edit, again: bool) -> Undone:
     """`Editor.undo`."""
     ledger, model = editor.ledger, editor.model
     with quiet(model), lock_of(model):
@@ -112,7 +112,7 @@ def undo(editor: Opened, edit: Edit, again: bool) -> Undone:
         )
 
 
-def _asked(editor: Opened, facts: Sequence[Fact]) -> list[Likelihood]:
+def _asked(editor: Owner, facts: Sequence[Fact]) -> list[Likelihood]:
     """How likely the targets of facts are now, behind their bare prompts."""
     if not facts:
         return []
@@ -121,7 +121,7 @@ def _asked(editor: Opened, facts: Sequence[Fact]) -> list[Likelihood]:
 
 
 def _replayed(
-    editor: Opened, others: tuple[Entry, ...], earlier: Sequence[Edit], later: Sequence[Edit]
+    editor: Owner, others: tuple[Entry, ...], earlier: Sequence[Edit], later: Sequence[Edit]
 ) -> tuple[Edit, ...]:
     """Later edits solved again for the pairs that they recorded; nothing is optimised anew."""
     made: list[Edit] = []
@@ -141,7 +141,7 @@ def _replayed(
 
 
 def _solved_again(
-    editor: Opened,
+    editor: Owner,
     others: tuple[Entry, ...],
     earlier: Sequence[Edit],
     edit: Edit,
@@ -212,7 +212,7 @@ def edit_history(edit: Edit) -> History | None:
 # -- what is left of earlier edits -------------------------------------------------------------
 
 
-def retention(editor: Opened) -> pd.DataFrame:
+def retention(editor: Owner) -> pd.DataFrame:
     """`Editor.retention`."""
     import pandas as pd
 
@@ -241,7 +241,7 @@ def retention(editor: Opened) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def drift(editor: Opened) -> pd.DataFrame:
+def drift(editor: Owner) -> pd.DataFrame:
     """`Editor.drift`."""
     import pandas as pd
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from unified_edit.editing.consecutive import Opened
+from unified_edit.editing.consecutive import Owner
 from unified_edit.editing.edits import Edit
 from unified_edit.errors import EditError, EditFileError
 from unified_edit.model.tensor_files import written_whole
@@ -13,7 +13,7 @@ from unified_edit.model.tensor_files import written_whole
 INDEX, INDEX_KIND = "history.json", "unified_edit.history/1"
 
 
-def save(editor: Opened, folder: Path) -> None:
+def save(editor: Owner, folder: Path) -> None:
     """`Editor.save`."""
     active = editor.active
     try:
@@ -36,7 +36,7 @@ def save(editor: Opened, folder: Path) -> None:
         ) from problem
 
 
-def resume(editor: Opened, folder: Path) -> tuple[Edit, ...]:
+def resume(editor: Owner, folder: Path) -> tuple[Edit, ...]:
     """`Editor.resume`."""
     path = folder / INDEX
     try:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unified_edit.editing.choices import Choice, chosen
 from unified_edit.errors import MethodError
 from unified_edit.facts import Fact, members_of
 from unified_edit.model.anatomy import Anatomy, Tokenizer
-from unified_edit.model.hooks import quiet, read_last_token
-from unified_edit.model.prompts import Encoder, FactRows
+from unified_edit.model.hooks import Name, quiet, read_last_token, read_tokens
+from unified_edit.model.prompts import Encoder, FactRows, Row
 
 
 def _typed(count: int) -> Tensor:
@@ -65,9 +65,7 @@ def keys_of(
     """
     weights = context_weights(len(rows.prefixes), mean)
     sites = {layer: (parts.down(layer), "input") for layer in layers}
-    texts = [row.up_to_subject for behind in rows.behind for row in behind]
-    with quiet(parts.model):
-        found = read_last_token(parts.model, texts, sites)
+    found = _at_subjects(parts, [row for behind in rows.behind for row in behind], sites)
     return {
         layer: torch.einsum(
             "ecd,c->de", value.double().cpu().unflatten(0, (-1, len(weights))), weights
@@ -90,13 +88,22 @@ def values_at(
     module = chosen(site, SITES, "site")(parts, layer)
     weights = context_weights(len(rows.prefixes), mean)
     asked = weights.nonzero().flatten().tolist() or [0]
-    texts = [behind[place].up_to_subject for behind in rows.behind for place in asked]
-    with quiet(parts.model):
-        found = read_last_token(parts.model, texts, {"site": (module, "output")})
-    each = found["site"].double().cpu()
+    each = [behind[place] for behind in rows.behind for place in asked]
+    found = _at_subjects(parts, each, {"site": (module, "output")})["site"].double().cpu()
     if asked == [0] and weights[0] == 1:
-        return each.T
-    return torch.einsum("ecd,c->de", each.unflatten(0, (-1, len(asked))), weights[asked])
+        return found.T
+    return torch.einsum("ecd,c->de", found.unflatten(0, (-1, len(asked))), weights[asked])
+
+
+def _at_subjects(
+    parts: Anatomy, rows: Sequence[Row], sites: Mapping[Name, tuple[nn.Module, str]]
+) -> dict[Name, Tensor]:
+    """Activations at the last token of each row's subject: {name: (rows x width)}."""
+    with quiet(parts.model):
+        if parts.causal:
+            return read_last_token(parts.model, [row.up_to_subject for row in rows], sites)
+        places = [row.subject for row in rows]
+        return read_tokens(parts.model, [row.prompt for row in rows], places, sites)
 
 
 def column_means(of_facts: Tensor, columns: Sequence[int]) -> Tensor:

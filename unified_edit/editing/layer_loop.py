@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from unified_edit.editing.histories import Batch, Past, origin_of, updates_at, values_of
+from unified_edit.editing.histories import (
+    NO_PAST,
+    Batch,
+    Past,
+    origin_of,
+    updates_at,
+    values_of,
+)
 from unified_edit.editing.keys import KEY_MEANS, column_means, keys_of
 from unified_edit.editing.methods import Method
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
@@ -70,27 +77,28 @@ def write(
                 before = turns[number - 1]
                 batch = Batch(f"turn {number}", before.facts, before.columns, keys)
                 past = past.and_then(batch, turn.facts)
-            _write_one(parts, ledger, turn, past, statistics, values, made, add)
+            write_one(parts, turn, statistics, values, made, add, past, ledger)
             if watched:
                 made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
         made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
     return made
 
 
-def _write_one(
+def write_one(
     parts: Anatomy,
-    ledger: Ledger,
     plan: Plan,
-    past: Past,
     statistics: KeyStatistics,
     values: Values | None,
     made: Written,
     add: Callable[[NamedWeight, Update], None],
+    past: Past = NO_PAST,
+    ledger: Ledger | None = None,
 ) -> None:
     """Write the facts of one turn, layer by layer.
 
     At each layer keys and residual are read again on the partly edited model, and the layer
     takes its share of the residual, :eq:`spread-residual` (MEMIT, sec. 4.4, algorithm 1).
+    past: what counts besides C0; `ledger` has the edits in force then.
     """
     method, rows = plan.method, plan.rows
     ridge, names, columns = plan.ridge, plan.names, plan.columns
@@ -135,7 +143,7 @@ def _write_one(
             infeasible=method.infeasible,
             names=names,
         )
-        if past.kind is not None:
+        if past.kind is not None and ledger is not None:
             written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]
             now = values_of(ledger, weight, keys, written)
             made.targets.setdefault(weight.name, []).append(now + asked)

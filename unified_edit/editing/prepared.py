@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from unified_edit.editing.choices import Choice
 from unified_edit.editing.keys import column_means
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import left_padded
-from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, per_token
+from unified_edit.model.hooks import (
+    PLAIN_OUTPUT,
+    captured,
+    noticing_tuples,
+    of_one_length,
+    per_token,
+)
 from unified_edit.model.prompts import Row
 
 
@@ -118,24 +124,26 @@ def prepare(
         for index in range(last + 1 - len(of_value), last, contexts)
     ]
 
-    with torch.no_grad():
-        cache = _prefix_cache(parts, prefix)
-        ids, mask, positions = (value.to(device) for value in (ids, mask, positions))
-        sites = {
-            "site": (site(parts, layer), "output"),
-            "hidden": (parts.blocks[layer], "output"),
-        }
-        with noticing_tuples(parts.blocks[layer]) as returned, captured(sites) as seen:
-            parts.model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=fresh(cache),
-                use_cache=True,
-                **PLAIN_OUTPUT,
-            )
-    precise = torch.promote_types(seen["hidden"].dtype, torch.float32)
-    at_site = per_token(parts.model, seen["site"], ids.shape, sites["site"][0], "output")[:, 0]
+    sites = {"site": (site(parts, layer), "output"), "hidden": (parts.blocks[layer], "output")}
+    ids, mask, positions = (value.to(device) for value in (ids, mask, positions))
+    with torch.no_grad(), noticing_tuples(parts.blocks[layer]) as returned:
+        if parts.causal:
+            cache = _prefix_cache(parts, prefix)
+            with captured(sites) as seen:
+                parts.model.base_model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=fresh(cache),
+                    use_cache=True,
+                    **PLAIN_OUTPUT,
+                )
+            hidden = seen["hidden"]
+            at_site = per_token(parts.model, seen["site"], ids.shape, sites["site"][0], "output")
+            at_site = at_site[:, 0]
+        else:
+            cache, hidden, at_site = _run_whole(parts, flat, sites, width)
+    precise = torch.promote_types(hidden.dtype, torch.float32)
     columns = [owner[index] for index in bare]
     unprefixed = set(bare) if contexts > 1 else set()
     return Prepared(
@@ -145,7 +153,7 @@ def prepare(
         suffix=ids,
         mask=mask,
         positions=positions,
-        hidden=seen["hidden"],
+        hidden=hidden,
         as_tuple=returned[0],
         at_site=at_site,
         target_init=column_means(at_site[bare].to(precise).T, columns).T,
@@ -172,6 +180,42 @@ def _prefix_cache(parts: Anatomy, prefix: dict[str, Tensor]) -> list[tuple[Tenso
         (layer.keys.masked_fill(padding, 0.0), layer.values.masked_fill(padding, 0.0))
         for layer in layers
     ]
+
+
+def _run_whole(
+    parts: Anatomy, rows: list[Row], sites: dict[str, tuple[nn.Module, str]], width: int
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """What `prepare` needs of rows that cannot be cut in two: cache, hidden states, site.
+
+    Each row is run whole and without padding, and laid out as if it had been cut: prefixes end and
+    suffixes (of at most `width` tokens) begin together, with zeros around them.
+    """
+    before = max(row.subject for row in rows)
+    cache: list[tuple[Tensor, Tensor]] = []
+    hidden, at_site = torch.empty(0), torch.empty(0)
+    for chosen in of_one_length([row.ids for row in rows]):
+        inputs = left_padded([rows[index].ids for index in chosen], parts.model.device)
+        made = DynamicCache()
+        with captured(sites, stop=False) as seen:
+            parts.model.base_model(**inputs, past_key_values=made, use_cache=True, **PLAIN_OUTPUT)
+        shape = inputs["input_ids"].shape
+        at = per_token(parts.model, seen["site"], shape, sites["site"][0], "output")
+        layers: list[Any] = list(made.layers)
+        if not hidden.numel():
+            hidden = seen["hidden"].new_zeros(len(rows), width, seen["hidden"].shape[-1])
+            at_site = at.new_zeros(len(rows), at.shape[-1])
+            for one in layers if before else []:
+                sizes = (len(rows), one.keys.shape[1], before, one.keys.shape[-1])
+                others = (*sizes[:3], one.values.shape[-1])
+                cache.append((one.keys.new_zeros(sizes), one.values.new_zeros(others)))
+        for place, index in enumerate(chosen):
+            start = rows[index].subject
+            suffix = seen["hidden"][place, start : start + width]
+            hidden[index, : len(suffix)], at_site[index] = suffix, at[place, start]
+            for (keys, values), one in zip(cache, layers, strict=True) if start else ():
+                keys[index, :, before - start :] = one.keys[place, :, :start]
+                values[index, :, before - start :] = one.values[place, :, :start]
+    return cache, hidden, at_site
 
 
 def fresh(cache: list[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -61,11 +61,16 @@ class NamedWeight:
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model that editing works on."""
+    """The parts of one model that editing works on.
+
+    causal: what stands at a token depends on nothing behind it, and not on padding. Hooks may break
+    that (the published gate of hook layers): whole texts are run then, each without padding.
+    """
 
     model: PreTrainedModel
     family: Family
     blocks: nn.ModuleList
+    causal: bool = True
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Anatomy:

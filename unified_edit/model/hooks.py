@@ -266,3 +266,34 @@ def read_last_token(
                 found[name][index] = value[position, -1].clone()
     order = range(len(rows))
     return {name: torch.stack([at[i] for i in order]) for name, at in found.items()}
+
+
+def of_one_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of rows that can be run together without padding."""
+    found: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(len(row), []).append(index)
+    return list(found.values())
+
+
+@torch.no_grad()
+def read_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[int],
+    sites: Mapping[Name, tuple[nn.Module, str]],
+) -> dict[Name, Tensor]:
+    """Activations at one place of each row of ids, run whole and unpadded: {name: (rows x width)}.
+
+    Raises ModelError for a module that does not give a vector for each token of each row.
+    """
+    found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
+    for chosen in of_one_length(rows):
+        inputs = left_padded([rows[index] for index in chosen], model.device)
+        with captured(sites) as seen:
+            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
+        for name, (module, side) in sites.items():
+            value = per_token(model, seen.get(name), inputs["input_ids"].shape, module, side)
+            for position, index in enumerate(chosen):
+                found[name][index] = value[position, places[index]].clone()
+    return {name: torch.stack([at[i] for i in range(len(rows))]) for name, at in found.items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,17 @@ class Entry(Protocol):
     @property
     def updates(self) -> Mapping[str, Update]:
         """{name of a weight: the update that is added there}."""
+
+
+@runtime_checkable
+class Beside(Entry, Protocol):
+    """An entry that acts beside the weights, by hooks: it is told when it is in force."""
+
+    def enter(self) -> None:
+        """Put the hooks in."""
+
+    def leave(self) -> None:
+        """Take them out."""
 
 
 class Ledger:
@@ -157,7 +168,8 @@ class Ledger:
             }
             left = {weight.name: tensor_hash(new[weight]) for weight in weights}
             _write(new)
-            # everything that can fail is done: weights and books change together
+            # everything that can fail is done: weights, hooks and books change together
+            _tell(self._active, edits)
             self._active, self._base = list(edits), base
             self._left = {name: left[name] for name in base}
             self._note(weights)
@@ -235,6 +247,16 @@ class Ledger:
             if self._active:
                 self.activate(())
             yield
+
+
+def _tell(before: Sequence[Entry], now: Sequence[Entry]) -> None:
+    """Entries beside the weights leave if they are no longer among those in force, or enter."""
+    for entry in before:
+        if isinstance(entry, Beside) and not any(entry is one for one in now):
+            entry.leave()
+    for entry in now:
+        if isinstance(entry, Beside) and not any(entry is one for one in before):
+            entry.enter()
 
 
 @torch.no_grad()

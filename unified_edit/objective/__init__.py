@@ -11,6 +11,6 @@ from unified_edit.objective.solver import EQUALITY_TOLERANCE, Diagnosis, Update,
 
 __all__ = (
     "ALPHAEDIT_THRESHOLD CONDITION_LIMIT EQUALITY_TOLERANCE Budget Diagnosis Feasibility Held "
-    "Metric 
+    "Metric "
     "MetricProtocol NullSpace Update divided feasible matmul solve"
 ).split()

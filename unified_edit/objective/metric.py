@@ -114,6 +114,26 @@ class Metric:
         """The metric of C0 = I (d x d): every direction of the keys costs the same."""
         return cls(torch.eye(d, dtype=torch.float64, device=device))
 
+    @classmethod
+    def from_factor(cls, factor: Tensor, alive: Tensor | None = None, dim: int = 0) -> Metric:
+        """The metric that has this `factor` (and `alive`, of `dim` coordinates), to the last bit.
+
+        Raises ObjectiveError unless it is a finite lower triangle with a positive diagonal.
+        """
+        factor = as_float64("the factor", factor, allowed=(torch.float64,))
+        rows = len(factor) if alive is None else len(alive)
+        if factor.shape != (rows, rows) or not bool(
+            torch.isfinite(factor).all() and (factor.diagonal() > 0).all()
+        ):
+            raise ObjectiveError(
+                f"the factor of a metric of {rows} coordinates is a finite lower triangle with a "
+                f"positive diagonal, {rows} x {rows}; this one is {tuple(factor.shape)}"
+            )
+        made = cls.__new__(cls)
+        made.factor, made.alive = factor, alive
+        made._dim = len(factor) if alive is None else dim
+        return made
+
     @property
     def dim(self) -> int:
         """d_in, the number of entries of a key."""

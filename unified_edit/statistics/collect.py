@@ -107,7 +107,8 @@ class Job:
         return self.encoder.ids(texts, self.longest)
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+def groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts, `GROUP` at a time; StatisticsError for what is no string, or no Unicode."""
     group: list[str] = []
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -151,7 +152,7 @@ def collect(job: Job, texts: Iterable[str]) -> Collected:
     since_saved = 0
     with torch.no_grad(), progress("collecting keys", None, "token") as bar:
         number = -1
-        for number, group in enumerate(_groups(texts)):
+        for number, group in enumerate(groups(texts)):
             last = False
             if number >= skipped and job.tokens is not None:
                 missing = job.tokens + FRESH_KEYS - sums.seen
