@@ -65,6 +65,8 @@ SHARED = ("tests/test_shared_subjects.py",)
 HELD = ("tests/test_held.py",)
 PAST = ("tests/test_histories.py",)
 BATCHES = ("tests/test_batches.py",)
+FORMULAS = ("tests/test_formulas.py",)
+PRESETS = ("tests/test_presets.py",)
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -92,6 +94,8 @@ CHAPTERS = {
     HELD: (),
     PAST: (),
     BATCHES: (),
+    FORMULAS: (),
+    PRESETS: (),
 }
 
 FAULTS = (
@@ -186,14 +190,14 @@ FAULTS = (
           "keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]",
           "keys = first_keys", WHOLE),
     Fault("residual not recomputed at later layers", "editing/layer_loop.py",
-          "residual = values.z - column_means(now, columns)",
+          "residual = values.delta if is_delta else missing(parts, plan, goal)",
           "residual = values.delta", WHOLE),
     Fault("every layer takes the whole residual", "editing/layer_loop.py",
           "share * residual", "residual", WHOLE),
     Fault("a missing bias: value read without it", "editing/keys.py",
-          '    return found["site"].double().cpu().T\n',
+          '    each = found["site"].double().cpu()\n',
           "    bias = parts.down(layer).bias.detach().double().cpu()\n"
-          '    return (found["site"].double().cpu() - bias).T\n', WHOLE),
+          '    each = found["site"].double().cpu() - bias\n', WHOLE),
     Fault("weight orientation", "model/anatomy.py",
           "return delta.T if self.transposed else delta",
           "return delta if self.transposed else delta.T", EDITS),
@@ -385,6 +389,44 @@ FAULTS = (
           "if found.get(name) != wanted[name]", "if name not in found", BATCHES),
     Fault("all facts taken for the first batch", "measuring/batches.py",
           'asked = asked[asked["record"] < self.batch_size]', "pass", BATCHES),
+    Fault("a null space of the large eigenvalues", "objective/null_space.py",
+          "vectors[:, :count].contiguous()", "vectors[:, -count:].contiguous()", FORMULAS),
+    Fault("a threshold relative to the smallest", "objective/null_space.py",
+          "float(values[-1]) if relative", "float(values[0]) if relative", FORMULAS),
+    Fault("a history beside the null space", "objective/null_space.py",
+          "past.plus(self.basis.mT @ K, weight)", "past.plus(self.basis.mT @ K, weight**2)",
+          FORMULAS),
+    Fault("what leaks is counted twice", "objective/null_space.py",
+          "- float((left @ inside).square().sum())", "- 0.0", FORMULAS),
+    Fault("divided by the other key's own length", "objective/divided.py",
+          "torch.linalg.solve_ex(A.mT @ B", "torch.linalg.solve_ex(B.mT @ B", FORMULAS),
+    Fault("a budget that forgives", "objective/budget.py",
+          "max(1.0, self.queue + spent", "max(0.1, self.queue + spent", FORMULAS),
+    Fault("values beyond twice the anchor are cut", "editing/anchors.py",
+          "torch.where(size > 2 * anchor,", "torch.where(size > 2e9 * anchor,", FORMULAS),
+    Fault("the shortest values do not count in an anchor", "editing/anchors.py",
+          "sizes[: len(sizes) - dropped]", "sizes[dropped:]", FORMULAS),
+    Fault("the update's own key divides it", "editing/residuals.py",
+          "    if mean is None:\n", "    if True:\n", PRESETS),
+    Fault("what stands there now is read at the bare prompt", "editing/residuals.py",
+          "method.site, method.output_mean)", "method.site)", PRESETS),
+    Fault("targets of later layers with nothing added", "editing/residuals.py",
+          "added[batch].to(hidden)", "0 * added[batch].to(hidden)", PRESETS),
+    Fault("replayed values set at the last layer", "editing/methods.py",
+          "self.layers[0 if has_own_targets(self.distribution) else -1]", "self.layers[-1]",
+          PRESETS),
+    Fault("a null space of another threshold", "editing/preservations.py",
+          "basis=kept.get(self.given)", "basis=next(iter(kept.values()), None)", PRESETS),
+    Fault("the norm of Delta costs nothing", "editing/preservations.py",
+          "metric.plus(every, norm_weight)", "metric.plus(every, 0.0)", PRESETS),
+    Fault("a target must be there in a row", "editing/values.py",
+          "often[index] += one", "often[index] = (often[index] + one) * one", PRESETS),
+    Fault("the bare prompt is asked too", "editing/prepared.py",
+          "unprefixed = set(bare) if contexts > 1 else set()", "unprefixed = set()", PRESETS),
+    Fault("values of other settings are taken for these", "editing/plans.py",
+          "*settings, *used))", "*settings))", PRESETS),
+    Fault("all files of edits get new fields", "editing/methods.py",
+          "!= field.default or field.name not in _LATER", "is not None or True", PRESETS),
 )  # fmt: skip
 
 
