@@ -67,6 +67,8 @@ PAST = ("tests/test_histories.py",)
 BATCHES = ("tests/test_batches.py",)
 FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
+HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
+HOOKED = ("tests/test_hook_layers.py", "-k", "sample or never_written or in_and_out or false_opens")
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -96,6 +98,8 @@ CHAPTERS = {
     BATCHES: (),
     FORMULAS: (),
     PRESETS: (),
+    HOOKS: (),
+    HOOKED: (),
 }
 
 FAULTS = (
@@ -427,6 +431,37 @@ FAULTS = (
           "*settings, *used))", "*settings))", PRESETS),
     Fault("all files of edits get new fields", "editing/methods.py",
           "!= field.default or field.name not in _LATER", "is not None or True", PRESETS),
+    Fault("keys of earlier batches are not accumulated", "editing/hook_writing.py",
+          "hooks.put(weight.layer, hook.preserving(keys, 1 / plan.ridge))",
+          "hooks.put(weight.layer, hook)", HOOKS),
+    Fault("accumulated keys weigh lam instead of 1 / lam", "editing/hook_writing.py",
+          "hook.preserving(keys, 1 / plan.ridge)", "hook.preserving(keys, plan.ridge)", HOOKS),
+    Fault("keys and residual are read with validated hooks", "editing/hook_writing.py",
+          "replace(one, temporary=True)", "replace(one, temporary=False)", HOOKS),
+    Fault("what temporary hooks change is not missing", "editing/hook_writing.py",
+          "missing = replace(values, delta=values.z - now, target_init=now)",
+          "missing = values", HOOKS),
+    Fault("the published gate sees no further than the subject", "editing/hook_writing.py",
+          "parts = replace(parts, causal=hooks.gate.causal)", "parts = replace(parts, causal=True)",
+          HOOKS),
+    Fault("edited subjects count as preserved", "editing/hook_measures.py",
+          "kept = torch.cat(scores)[self.used]", "kept = torch.cat(scores)", HOOKS),
+    Fault("a biased standard deviation", "editing/hook_gates.py",
+          "/ (size.shape[-1] - 1)", "/ size.shape[-1]", HOOKS),
+    Fault("a published threshold that rises", "editing/hook_gates.py",
+          "return min([before, *(one for one in best if one == one)])",
+          "return max([before, *(one for one in best if one == one)])", HOOKS),
+    Fault("a failed batch leaves hook layers half written", "editing/hook_gates.py",
+          "        except BaseException:\n            self.layers = before\n            raise",
+          "        except BaseException:\n            raise", HOOKS),
+    Fault("a sample of the first keys", "statistics/key_sample.py",
+          "torch.where(now < count, now, drawn.long())",
+          "torch.where(now < count, now, count)", HOOKED),
+    Fault("hooks stay when they are taken out", "model/ledger.py",
+          "            entry.leave()", "            pass", HOOKED),
+    Fault("edited subjects count as false opens", "editing/hook_measures.py",
+          "chosen = (one.subject == at_subjects).nonzero().squeeze(1)",
+          "chosen = (one.subject | ~one.subject).nonzero().squeeze(1)", HOOKED),
 )  # fmt: skip
 
 

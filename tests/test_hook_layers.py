@@ -97,7 +97,8 @@ def preserved_keys(model, tokenizer, texts, subjects, layer) -> torch.Tensor:
 
 @pytest.mark.parametrize("gate", ["causal", "published"])
 def test_three_batches(make, tiny_tokenizer, tiny_texts, statistics_of, gate) -> None:
-    model, hooks = make(gate)
+    texts = tiny_texts[::4]
+    model, hooks = make(gate, texts=texts)
     method, stats = METHOD.resolve(model), statistics_of(model)
     prefixes = contexts(ue.Editor(model, tiny_tokenizer).prefixes(method.contexts))
     wanted = {
@@ -113,7 +114,7 @@ def test_three_batches(make, tiny_tokenizer, tiny_texts, statistics_of, gate) ->
         seen += [fact.subject for fact in batch]
         with hooks.out():
             keys = {
-                layer: preserved_keys(model, tiny_tokenizer, tiny_texts, seen, layer)
+                layer: preserved_keys(model, tiny_tokenizer, texts, seen, layer)
                 for layer in (method.layers if gate == "causal" else ())
             }
             plain = [(fact.prompt, fact.subject, fact.target_new) for fact in batch]

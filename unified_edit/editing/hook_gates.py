@@ -11,6 +11,8 @@ with mean and (unbiased) standard deviation over the tokens of the sequence, wha
 it depends on what stands behind a token and on padding; n tokens reach at most (n - 1) / sqrt(n),
 which is below 2.2 for n <= 6; and one token alone, as in decoding with a cache, has Z = 0 / 0. The
 threshold starts at alpha = 2.2, and after each batch falls to the least of its prompts' largest Z.
+Where the library itself runs texts, each is whole and without padding, so that what is written does
+not depend on their company; the published code pads, and differs by that.
 
 **causal**. The score is M itself, of the token alone, and the threshold the 1 - q quantile of M
 over keys to preserve. It is made anew whenever W_h changes, so that it neither falls nor drifts.

@@ -127,7 +127,7 @@ def collect_sample(
     count: int,
     seed: int = 0,
 ) -> KeySample:
-    """`count` keys of each layer, by a reservoir from the first 2 * `count` tokens, or some more.
+    """`count` keys of each layer, by a reservoir from the first 2 * `count` tokens or some more.
 
     All tokens are as likely, and all layers have the same ones. By the model as it is: take edits
     out before. Fewer keys where there is less text; StatisticsError where there is none.
