@@ -178,7 +178,7 @@ FAULTS = (
     Fault("finished facts go on moving", "editing/values.py",
           "deltas[index].grad = None", "pass", VALUES),
     Fault("no early stop", "editing/values.py",
-          "if value >= method.stop_loss]", "if value >= -1.0]", VALUES),
+          "if value >= method.stop_loss and often", "if value >= -1.0 and often", VALUES),
     Fault("sum instead of mean over target tokens", "editing/prepared.py",
           "target_weight.append(1.0 / (len(row.target) * prompts))",
           "target_weight.append(1.0 / prompts)", VALUES),
@@ -199,9 +199,9 @@ FAULTS = (
     Fault("every layer takes the whole residual", "editing/layer_loop.py",
           "share * residual", "residual", WHOLE),
     Fault("a missing bias: value read without it", "editing/keys.py",
-          '    each = found["site"].double().cpu()\n',
-          "    bias = parts.down(layer).bias.detach().double().cpu()\n"
-          '    each = found["site"].double().cpu() - bias\n', WHOLE),
+          '{"site": (module, "output")})["site"].double().cpu()\n',
+          '{"site": (module, "output")})["site"].double().cpu()\n'
+          "    found = found - parts.down(layer).bias.detach().double().cpu()\n", WHOLE),
     Fault("weight orientation", "model/anatomy.py",
           "return delta.T if self.transposed else delta",
           "return delta if self.transposed else delta.T", EDITS),
