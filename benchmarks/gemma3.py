@@ -46,7 +46,7 @@ from unified_edit.model.hooks import PLAIN_OUTPUT, captured, quiet
 
 log = logging.getLogger("gemma3")
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gemma3.json"
+RESULTS = Path(__file__).resolve().parents[1] / "book" / "data" / "gemma3.json"
 #: For the sweep: two of the prefixes that the model samples itself.
 FEW = Contexts(
     prefixes=(
@@ -235,6 +235,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=len(SCORED), help="records scored, from 0 on")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out ones")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -264,10 +265,11 @@ def main() -> None:
     result["metrics"] = metrics(run, arguments)
     result["chosen"] = {"layer": chosen["layer"], "clamp": chosen["clamp"]}
     method = run.method(chosen["layer"], chosen["clamp"])
-    after = run.edited("scored", SCORED, method)["tokens"]
+    scored = SCORED[: arguments.count]
+    after = run.edited("scored", scored, method)["tokens"]
     result["scored"] = {
-        "records": [SCORED[0], SCORED[-1]],
-        "before": scores(run.before(SCORED), run.seed),
+        "records": [scored[0], scored[-1]],
+        "before": scores(run.before(scored), run.seed),
         "after": scores(after, run.seed),
         "prefixes": run.kept("scored")[0]["prefixes"],
     }
