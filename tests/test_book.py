@@ -178,6 +178,7 @@ SHOWN_LINES = {
     ("which_method",): 41,
     ("real_model",): 86,
     ("real_locating",): 86,
+    ("batches",): 100,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.

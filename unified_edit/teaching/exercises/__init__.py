@@ -6,6 +6,7 @@ edit models, and it is only imported when you ask for it.
 """
 
 from unified_edit.teaching.exercises.a_fact import check_contribution, check_mean_logp
+from unified_edit.teaching.exercises.batches import check_held_and_weighed
 from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
 from unified_edit.teaching.exercises.checking import ExerciseError
 from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
@@ -60,6 +61,7 @@ __all__ = [
     "check_filter",
     "check_frontier",
     "check_harmonic",
+    "check_held_and_weighed",
     "check_kl",
     "check_least_squares",
     "check_mean_logp",
