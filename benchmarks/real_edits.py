@@ -339,6 +339,7 @@ def fluency(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = [row | {"success": None} for row in rows]  # a text is neither right nor wrong
     found = summarise(to_table(rows))["GE"]
     return {"GE": [round(number, 3) for number in (found.value, found.low, found.high)]}
 

@@ -15,7 +15,7 @@ BOOK = ROOT / "book"
 PARTS = (
     ("a_fact", "locating", "memory", "storage", "preserving", "judging"),
     ("objective", "rome", "memit", "emmet", "bridge", "values", "spreading"),
-    ("real_model", "real_locating"),
+    ("real_model", "real_locating", "real_edits"),
     ("batches",),
 )
 

@@ -178,6 +178,7 @@ SHOWN_LINES = {
     ("which_method",): 41,
     ("real_model",): 89,
     ("real_locating",): 86,
+    ("real_edits",): 100,
     ("batches",): 100,
 }
 COLUMNS = 80

@@ -289,7 +289,8 @@ def test_one_answer_for_every_question_is_refused(check: str) -> None:
 
 #: Whose answer is two things.
 PAIRS = {
-    "check_bridge", "check_frontier", "check_objective_errors", "check_resampled_interval",
+    "check_bridge", "check_frontier", "check_objective_errors", "check_paired_interval",
+    "check_resampled_interval",
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from unified_edit.teaching.exercises.preserving import (
     check_second_moment,
     check_shrink,
 )
+from unified_edit.teaching.exercises.real_edits import check_paired_interval
 from unified_edit.teaching.exercises.real_locating import check_resampled_interval
 from unified_edit.teaching.exercises.real_model import check_smallest_strength
 from unified_edit.teaching.exercises.rome import (
@@ -70,6 +71,7 @@ __all__ = [
     "check_next_batch",
     "check_noise_scale",
     "check_objective_errors",
+    "check_paired_interval",
     "check_paraphrase_score",
     "check_parts",
     "check_project",
