@@ -203,6 +203,7 @@ PROPERTIES = (
     r"The last share is 1, so they have to add|The last layer has to take all|They must be MEMIT's",
     r"There are no more digits in it than float32 holds",
     r"A share lies between 0 and 1|A sum of k k' is symmetric",
+    r"Delta past must be zero, and is|Delta past = 0 holds",
 )
 
 
