@@ -168,7 +168,7 @@ FAULTS = (
     Fault("finished facts go on moving", "editing/values.py",
           "deltas[index].grad = None", "pass", VALUES),
     Fault("no early stop", "editing/values.py",
-          "if value >= method.stop_loss]", "if value >= -1.0]", VALUES),
+          "if value >= method.stop_loss and", "if value >= -1.0 and", VALUES),
     Fault("sum instead of mean over target tokens", "editing/prepared.py",
           "target_weight.append(1.0 / (len(row.target) * prompts))",
           "target_weight.append(1.0 / prompts)", VALUES),

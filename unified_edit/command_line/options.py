@@ -13,6 +13,8 @@ from pathlib import Path
 from unified_edit.arguments import as_path
 from unified_edit.errors import UnifiedEditError
 
+_OTHERS = "EMMET_RELEASED, ROME_RELEASED, r-ROME, p-ROME, PMET, FE-MEMIT, AlphaEdit or ENCORE"
+
 
 def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     """A type for argparse: whole numbers between two bounds."""
@@ -67,7 +69,7 @@ def edit(made: argparse.ArgumentParser) -> None:
           --subject "The Eiffel Tower" --target Rome --out rome.safetensors
     """
     made.add_argument("--method", default="EMMET", metavar="NAME",
-                      help="ROME, EMMET (the default), MEMIT or EMMET_RELEASED")
+                      help=f"ROME, EMMET (the default), MEMIT, {_OTHERS}")
     made.add_argument("--facts", type=path_of, metavar="FILE", help="JSON Lines or a JSON list")
     made.add_argument("--prompt", help="instead of a file: the prompt of one fact, {} for its "
                       "subject")
@@ -105,7 +107,7 @@ def evaluate(made: argparse.ArgumentParser) -> None:
                       "records are taken then)")
     what = made.add_mutually_exclusive_group()
     what.add_argument("--method", metavar="NAME",
-                      help="edit the records by ROME, EMMET, MEMIT or EMMET_RELEASED")
+                      help=f"edit the records by ROME, EMMET, MEMIT, {_OTHERS}")
     what.add_argument("--edit", type=path_of, action="append", metavar="FILE",
                       help="a saved edit; may be given several times, in order")
     made.add_argument("--batch-size", type=whole(1), metavar="N",
