@@ -176,7 +176,7 @@ SHOWN_LINES = {
     ("values",): 226,
     ("spreading",): 228,
     ("which_method",): 41,
-    ("real_model",): 89,
+    ("real_model",): 86,
     ("real_locating",): 86,
     ("real_edits",): 100,
     ("batches",): 100,
