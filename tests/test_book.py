@@ -178,7 +178,7 @@ SHOWN_LINES = {
     ("which_method",): 41,
     ("real_model",): 86,
     ("real_locating",): 86,
-    ("real_edits",): 100,
+    ("real_edits",): 86,
     ("batches",): 100,
 }
 COLUMNS = 80
