@@ -16,7 +16,7 @@ PARTS = (
     ("a_fact", "locating", "memory", "storage", "preserving", "judging"),
     ("objective", "rome", "memit", "emmet", "bridge", "values", "spreading"),
     ("real_model", "real_locating", "real_edits"),
-    ("batches",),
+    ("one_fact", "mass_editing", "batches", "hook_layers", "four_corners", "breaks", "big_models"),
 )
 
 _OPEN = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")

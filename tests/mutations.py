@@ -59,11 +59,14 @@ BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
 GGUF = ("tests/test_gguf.py", "-k", "one_file_only or something_else or left_over")
 TUNING = ("tests/test_fine_tuning.py", "-k", "released or stops or norm")
 SUGGESTING = ("tests/test_suggesting.py", "-k", "not atlas")
+GRIDS = ("tests/test_grid.py", "-k", "not shell and not killed")
 TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages or some_layers")
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
 HELD = ("tests/test_held.py",)
 PAST = ("tests/test_histories.py",)
+NAMED = ("tests/test_named.py",)
+READ = ("tests/test_facts.py", "-k", "multi_hop or leads_to")
 BATCHES = ("tests/test_batches.py",)
 FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
@@ -75,6 +78,8 @@ HOOKED = ("tests/test_hook_layers.py", "-k", "sample or never_written or in_and_
 CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
     METRICS: (),
+    NAMED: (),
+    READ: (),
     KEYS: ("rome", "first_edit"),
     BEGINNINGS: (),
     VALUES: ("values",),
@@ -91,6 +96,7 @@ CHAPTERS = {
     TRACING: ("locating",),
     TUNING: (),
     SUGGESTING: (),
+    GRIDS: (),
     FAMILIES: (),
     SHARED: (),
     HELD: (),
@@ -326,6 +332,25 @@ FAULTS = (
           'table["effect"].max() / 2, "layer"]', 'table["effect"].max(), "layer"]', SUGGESTING),
     Fault("a sweep runs over its budget", "measuring/suggesting.py",
           "if begun and time.monotonic() - began > budget:", "if False:", SUGGESTING),
+    Fault("a cell of a grid that somebody else works on is taken", "measuring/grid_files.py",
+          "yield False", "yield True", GRIDS),
+    Fault("cells of another model stand beside each other", "measuring/grid_runs.py",
+          'check_same(folder / name / CELL, common, known["common"])', "pass", GRIDS),
+    Fault("a cell of another method is gone on with", "measuring/grid_files.py",
+          'check_same(self.folder / CELL, self.own, found["own"])', "pass", GRIDS),
+    Fault("what is done is done again", "measuring/grid_runs.py",
+          'if ours and known["state"] != DONE and not failed:', "if ours and not failed:", GRIDS),
+    Fault("a cell that fails ends the sweep", "measuring/grid_runs.py",
+          "except Exception as problem:", "except ArithmeticError as problem:", GRIDS),
+    Fault("edits that an interrupted run made are forgotten", "measuring/grid_files.py",
+          '                self.by_id[one["id"]] = one', "                pass", GRIDS),
+    Fault("the cost of a batch without its last layer", "measuring/grid_files.py",
+          "math.fsum(each.preservation_error for each in found)",
+          "math.fsum(each.preservation_error for each in found[:-1])", GRIDS),
+    Fault("the equality drawn at one", "measuring/grid_figures.py",
+          "return min(positive) / 10 if positive else 1.0", "return 1.0", GRIDS),
+    Fault("intervals of the seeds' mean, not of all seeds", "measuring/grid_figures.py",
+          'high=(f"{score}_high", "max")', 'high=(f"{score}_high", "mean")', GRIDS),
     Fault("a model finds the settings of one with other keys", "editing/settings.py",
           "(kind, layers, width, key)):", "(kind, layers, width, 11008)):", SUGGESTING),
     Fault("kept keys cut to the window", "editing/prepared.py",
@@ -389,6 +414,37 @@ FAULTS = (
     Fault("a replay that minds the edit that is gone", "editing/consecutive.py",
           "new = _solved_again(editor, others, [*earlier, *made], edit, replaces)",
           "new = _solved_again(editor, others, [*earlier, *later[:1]], edit, replaces)", PAST),
+    Fault("a name weighed by lam times its weight", "editing/named.py",
+          "weight / ridge if ridge else weight", "weight * ridge if ridge else weight", NAMED),
+    Fault("names beside a history forget it", "editing/named.py",
+          "return metric.holding(K) if isinstance(metric, Held) else Held(metric, K)",
+          "return Held(metric.inner if isinstance(metric, Held) else metric, K)", NAMED),
+    Fault("a prompt of which the last token counts alone", "editing/named.py",
+          "for place in range(len(row.ids)):\n            what",
+          "for place in range(len(row.ids) - 1, len(row.ids)):\n            what", NAMED),
+    Fault("a beginning of two prompts counts twice", "editing/named.py",
+          "what = row.ids[: place + 1] if causal else (number, place)",
+          "what = (number, place)", NAMED),
+    Fault("keys of names as the unedited model has them", "editing/layer_loop.py",
+          "    made.preserved[weight.name] = kept\n",
+          "    kept = made.preserved.setdefault(plan.weights[0].name, kept)\n"
+          "    made.preserved[weight.name] = kept\n", NAMED),
+    Fault("a fact without room is left out with a ridge", "editing/named.py",
+          "if left == 0.0 and not may:", "if False:", NAMED),
+    Fault("a replay that forgets the names", "editing/consecutive.py",
+          "if recorded.preserve is not None:", "if False:", NAMED),
+    Fault("what a name said is looked up behind the edit", "editing/layer_loop.py",
+          "said_behind(parts, named.encoder, named.asked, tokens)",
+          "said_behind(parts, named.encoder, named.asked)", NAMED),
+    Fault("how far a name moved, beside all of W0", "editing/kept.py",
+          "value[:, list(own)].norm()", "value.norm()", NAMED),
+    Fault("a name of an edited subject is held", "editing/named.py",
+          "if given.weight == \"exact\":\n            raise SharedSubjectError(",
+          "if given.weight == 0:\n            raise SharedSubjectError(", NAMED),
+    Fault("portability of one group only", "measuring/scores.py",
+          '"portability(: .*)?"', '"portability: .*"', EVALUATION),
+    Fault("the answer before the edit counts as its consequence", "facts/readers.py",
+          "Probe(question, new, foil)", "Probe(question, foil or new)", READ),
     Fault("a run goes on as another", "measuring/batches.py",
           "if found.get(name) != wanted[name]", "if name not in found", BATCHES),
     Fault("all facts taken for the first batch", "measuring/batches.py",

@@ -91,6 +91,30 @@ def lagrangian_delta(C0: Tensor, K: Tensor, R: Tensor) -> Tensor:
     return torch.linalg.solve(torch.cat([upper, lower]), right_hand_side)[:d_in].T
 
 
+def preserving_delta(
+    C0: Tensor, K: Tensor, R: Tensor, lam: float, Kp: Tensor, weight: float | str
+) -> Tensor:
+    """The update that preserves the values of the keys Kp (d_in x n) as well.
+
+    A number: R K^T (lam C0 + weight Kp Kp^T + K K^T)^-1, or EMMET's with C0 + weight Kp Kp^T for
+    lam = 0. "exact": subject to Delta Kp = 0, by its Karush-Kuhn-Tucker system,
+
+        [ lam C0 + K K^T   -Kp ] [ Delta^T ]   [ K R^T ]
+        [      Kp^T          0 ] [   M^T   ] = [   0   ]
+    """
+    C0, K, R, Kp = C0.double(), K.double(), R.double(), Kp.double()
+    if isinstance(weight, float) and lam:
+        return R @ K.T @ inv(lam * C0 + weight * Kp @ Kp.T + K @ K.T)
+    if isinstance(weight, float):
+        return emmet_delta(C0 + weight * Kp @ Kp.T, K, R)
+    zeros = torch.zeros(len(R), Kp.shape[1], dtype=torch.float64)
+    if not lam:
+        return lagrangian_delta(C0, torch.cat([K, Kp], dim=1), torch.cat([R, zeros], dim=1))
+    upper = torch.cat([lam * C0 + K @ K.T, -Kp], dim=1)
+    lower = torch.cat([Kp.T, torch.zeros(Kp.shape[1], Kp.shape[1], dtype=torch.float64)], dim=1)
+    return torch.linalg.solve(torch.cat([upper, lower]), torch.cat([K @ R.T, zeros.T]))[: len(C0)].T
+
+
 # --------------------------------------------------------------------------- the model
 
 

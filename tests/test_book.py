@@ -179,7 +179,13 @@ SHOWN_LINES = {
     ("real_model",): 86,
     ("real_locating",): 86,
     ("real_edits",): 86,
+    ("one_fact",): 62,
+    ("mass_editing",): 64,
     ("batches",): 100,
+    ("hook_layers",): 130,
+    ("four_corners",): 75,
+    ("breaks",): 62,
+    ("big_models",): 110,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.

@@ -29,7 +29,7 @@ from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
 from unified_edit.statistics import cache, collect
 
-COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest")
+COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
 FACTS = [
     {"prompt": PROMPT, "subject": SUBJECT, "target_new": TARGET, "target_true": "Rome"},
@@ -165,6 +165,7 @@ def test_version(capsys):
         (["edit", "--out", "x", *SINGLE, "--method", "FT"], "'FT' is none of ROME, EMMET, "),
         (["edit", "--out", "x", *SINGLE, "--layers", "-1"], "-1 is not at least 0"),
         (["edit", "--out", "x", *SINGLE, "--seed", "-1"], "-1 is not from 0"),
+        (["edit", "--out", "x", *SINGLE, "--preserve-weight", "1"], "of use with --preserve or"),
         (["evaluate", "--method", "EMMET", "--edit", "e"], "not allowed with"),
         (["evaluate", "--batch-size", "3"], "--batch-size is of use with --method only"),
         (["evaluate", "--edit", "e", "--layers", "0"], "--layers is of use with --method only"),
@@ -303,6 +304,24 @@ def test_the_seed_is_that_of_the_prefixes(run, out):
     second = ue.Edit.load(out)
     assert (first.provenance.seed, second.provenance.seed) == (0, 1)
     assert first.provenance.prefixes != second.provenance.prefixes
+
+
+def test_edit_that_preserves_by_name(run, out, tmp_path):
+    """Facts of a file and prompts; the numbers are the library's."""
+    arguments = [*EDIT, *SINGLE, "--out", out, "--force"]
+    kept = json.dumps({"prompt": PROMPT, "subject": "The river", "target_new": "Rome"})
+    (tmp_path / "kept.jsonl").write_text(kept, encoding="utf-8")
+    named = ["--preserve", tmp_path / "kept.jsonl", "--preserve-prompts", "Rome is in", "I walked"]
+    text, _ = run(*arguments, *named)
+    assert "preserved by name:" in text and "moved at 0" in text
+    assert ue.Edit.load(out).provenance.preserve == "exact"
+    text, _ = run(*arguments, *named, "--preserve-weight", "2", "--json")
+    found, saved = json.loads(text)["preserved"], ue.Edit.load(out)
+    assert saved.provenance.preserve == 2.0
+    assert found == saved.preserved.to_dict("records")
+    assert [one["item"] for one in found] == ["The river is in the city of", *named[3:]]
+    _, said = run(*arguments, "--preserve-prompts", PROMPT.format(SUBJECT), code=1)
+    assert "take it out of" in said and "--preserve-weight W" in said
 
 
 def test_edit_as_an_adapter(run, place, tmp_path):

@@ -149,6 +149,23 @@ def test_a_key_that_reaches_into_the_null_space(
     assert plain.provenance.statistics["shrinkage"] == 0.0
 
 
+@pytest.mark.parametrize("weight", ["exact", 1.0])
+def test_a_name_that_reaches_into_the_null_space(
+    weight: Any, make_gpt2: Callable[..., Any], tiny_tokenizer: Any, tiny_texts: list[str]
+) -> None:
+    """What is preserved by name is a reason to shrink C0 as well."""
+    model = make_gpt2(activation_function="relu")
+    texts = [text for text in tiny_texts if "tower" not in text]
+    make_fire_for(model, tiny_tokenizer, texts, layer=1, neuron=5)
+    given = ue.Preserve([FACTS[0], "Rome is"], weight=weight)
+    statistics = collected(model, tiny_tokenizer, texts)
+    edit = ue.edit(model, tiny_tokenizer, FACTS[1], METHOD, statistics=statistics, preserve=given)
+    assert edit.provenance.statistics["shrinkage"] == SHRINKAGE
+    (warning,) = [text for text in edit.warnings if "shrunk" in text]
+    assert f"to be preserved: {FACTS[0].text!r}" in warning and "Rome is" not in warning
+    assert (edit.preserved["moved at 1"] < (1e-10 if weight == "exact" else 1.0)).all()
+
+
 def test_the_objective_itself_refuses_such_a_key(
     make_gpt2: Callable[..., Any], tiny_tokenizer: Any, tiny_texts: list[str]
 ) -> None:

@@ -248,6 +248,21 @@ def test_records_without_a_kind_do_not_count_for_it() -> None:
     assert list(scores)[-1] == "capital"
 
 
+def test_portability_is_all_that_a_fact_leads_to() -> None:
+    """Whatever its groups are called; by probability and by greedy decoding, side by side."""
+    rows = [*HAND, (0, "portability", True, 0.1), (0, "portability: multi-hop", False, -0.1)]
+    rows += [(1, "portability: multi-hop", True, 0.2), (1, "portability of goods", False, 0.0)]
+    table = answers(rows)
+    table.loc[table["kind"].str.startswith("portability"), "generated"] = [False] * 2 + [True] * 2
+    scores = summarise(table)
+    assert (scores["PO"].value, scores["PG"].value) == (0.75, 0.5)
+    assert (scores["PO"].n, scores["PG"].n) == (2, 2)
+    assert scores["portability"].value == 1.0 and scores["portability: multi-hop"].value == 0.5
+    plain = summarise(answers(HAND))
+    assert not {"PO", "PG"} & set(plain)
+    assert all(scores[name] == plain[name] for name in plain)
+
+
 def test_harmonic_mean() -> None:
     values = np.array([[1.0, 0.0, 0.5], [0.5, 1.0, 0.5], [0.25, 1.0, 0.5]])
     np.testing.assert_allclose(harmonic_mean(values), [3 / 7, 0.0, 0.5], rtol=1e-15)

@@ -655,6 +655,45 @@ def test_zsre_of_knowedit(tmp_path: Path) -> None:
     )
 
 
+def mquake(**more: object) -> dict[str, object]:
+    rewrite = counterfact()["requested_rewrite"]
+    assert isinstance(rewrite, dict)
+    return {
+        "case_id": 7, "requested_rewrite": [{**rewrite, "question": "Where is Angola?"}],
+        "questions": ["What is the largest city where Angola lies?", "Name the city."],
+        "answer": "Cairo", "answer_alias": ["El Qahira"], "new_answer": "Tokyo",
+        "new_answer_alias": [], "single_hops": [], "new_single_hops": [], "orig": {}, **more,
+    }  # fmt: skip
+
+
+def test_multi_hop_questions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = mquake(new_answer="Cairo ")
+    first, second = read_records(write(tmp_path / "a.json", mquake(), same, lines=False))
+    asked = ("What is the largest city where Angola lies?", "Name the city.")
+    assert first == Record(
+        Fact("{} is in", "Angola", "Asia", "Africa"), ("Where is Angola?",),
+        probes={"portability: multi-hop": tuple(Probe(one, "Tokyo", "Cairo") for one in asked)},
+        case_id=7, relation="P30",
+    )  # fmt: skip
+    assert second.probes["portability: multi-hop"][0] == Probe(asked[0], "Cairo")
+    assert not caplog.records
+    rewrites = mquake()["requested_rewrite"]
+    assert isinstance(rewrites, list)
+    path = write(tmp_path / "b.jsonl", mquake(), mquake(requested_rewrite=rewrites * 2))
+    message(FactFileError, lambda: read_records(path), "line 2", "several rewrites", "got 2")
+    assert read_records(path, skip_bad=True) == [first]
+    path = write(tmp_path / "c.jsonl", {k: v for k, v in mquake().items() if k != "new_answer"})
+    message(FactFileError, lambda: read_records(path), "field 'new_answer' is missing")
+
+
+def test_what_a_fact_of_zsre_leads_to(tmp_path: Path) -> None:
+    """EasyEdit's selection has one more question."""
+    zsre = {"subject": "WEFS", "src": "When was WEFS set up?", "alt": "1997", "answers": ["1987"]}
+    more = {"New Question": "How old was WEFS in 2000?", "New Answer": "3", "Recalled": "age"}
+    (record,) = read_records(write(tmp_path / "a.json", {**zsre, "portability": more}))
+    assert record.probes == {"portability": (Probe("How old was WEFS in 2000?", "3"),)}
+
+
 RECENT = {
     "subject": "Leo Arons", "prompt": "The place of death of Leo Arons is", "target_new": "Berlin",
 }  # fmt: skip

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Editor,
         HookLayers,
         Method,
+        Preserve,
         edit,
         fine_tune,
         load_model,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from unified_edit.errors import UnifiedEditError
     from unified_edit.facts import Fact, Probe, Record, read_facts, read_records
     from unified_edit.measuring import (
+        Grid,
         ask,
         compare,
         complete,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         load_records,
         locate,
         suggest_layers,
+        sweep,
     )
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
@@ -63,14 +66,14 @@ if TYPE_CHECKING:
 _FLOORS = {
     "editing": (
         "ALPHAEDIT EMMET EMMET_RELEASED ENCORE MEMIT MEMIT_REPLAY METHODS PMET P_ROME ROME "
-        "ROME_RELEASED R_ROME Contexts Edit Editor HookLayers Method edit fine_tune load_model "
-        "null_space optimise_values"
+        "ROME_RELEASED R_ROME Contexts Edit Editor HookLayers Method Preserve edit fine_tune "
+        "load_model null_space optimise_values"
     ),
     "errors": "UnifiedEditError",
     "facts": "Fact Probe Record read_facts read_records",
     "measuring": (
-        "ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made load_records "
-        "locate suggest_layers"
+        "Grid ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made "
+        "load_records locate suggest_layers sweep"
     ),
     "statistics": "KeyStatistics",
 }

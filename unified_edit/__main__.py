@@ -46,7 +46,7 @@ def main() -> int:
         from unified_edit.command_line.cli import build_parser, perform
 
         args = build_parser().parse_args()
-        from unified_edit.command_line import commands  # noqa: F401  (seconds: torch, transformers)
+        from unified_edit.command_line import sweeping  # noqa: F401  (seconds: torch, transformers)
 
         working = True
         return perform(args)

@@ -9,6 +9,8 @@ examples:
   python -m unified_edit statistics --layers 17 --model gpt2-xl --texts wiki.txt \\
       --out xl.safetensors
   python -m unified_edit suggest --records atlas --clamps 1.25
+  python -m unified_edit sweep --methods EMMET MEMIT --batch-sizes 1 10 100 --to sweep
+  python -m unified_edit figures sweep --to pictures
 
 "python -m unified_edit COMMAND --help" tells more about each command.
 """
@@ -25,10 +27,11 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
-from unified_edit.command_line import options
+from unified_edit.command_line import options, sweep_options
 from unified_edit.command_line.options import path_of, whole
 from unified_edit.errors import (
     ContradictionError,
+    FactError,
     InfeasibleError,
     MethodError,
     SharedSubjectError,
@@ -75,14 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cache", action=argparse.BooleanOptionalAction,
                        help="keep a dequantised copy of a GGUF file, or none (default: if it takes "
                        "at most 2 GB)")
-    group.add_argument("--json", action="store_true",
-                       help="print one JSON document, and nothing else, on standard output")
-    settings = argparse.ArgumentParser(**plain)
-    group = settings.add_argument_group("settings of the method")
+    as_json = argparse.ArgumentParser(**plain)
+    for one in (group, as_json):
+        one.add_argument("--json", action="store_true",
+                         help="print one JSON document, and nothing else, on standard output")
+    method = argparse.ArgumentParser(**plain)
+    group = method.add_argument_group("settings of the method")
     group.add_argument("--layers", type=whole(0), nargs="+", metavar="N",
                        help="blocks to edit, ascending (default: the method's own for this model)")
     group.add_argument("--ridge", type=float, metavar="LAM",
                        help="lambda of the least-squares form, per mean C0; 0: equality")
+    settings = argparse.ArgumentParser(**plain)
+    group = settings.add_argument_group("settings of every method")
     group.add_argument("--statistics", type=path_of, metavar="FILE",
                        help="C0 of these layers, made by the command statistics (default: from "
                        "the cache, or collected from the model's default corpus and kept)")
@@ -106,14 +113,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for add, parents in (
-        (options.ask, []), (options.edit, [settings, saved]),
-        (options.evaluate, [settings, saved]), (options.statistics, [saved]),
-        (options.suggest, [settings]),
+        (options.ask, [common]), (options.edit, [method, settings, saved, common]),
+        (options.evaluate, [method, settings, saved, common]),
+        (options.statistics, [saved, common]), (options.suggest, [method, settings, common]),
+        (sweep_options.sweep, [settings, common]), (sweep_options.figures, [as_json]),
     ):
         title, _, more = inspect.cleandoc(add.__doc__ or "").partition("\n\n")
         made = commands.add_parser(
             add.__name__, help=title[0].lower() + title[1:].rstrip("."),
-            description=title, epilog=f"{more}\n{EXIT_CODES}", parents=[*parents, common], **texts,
+            description=title, epilog=f"{more}\n{EXIT_CODES}", parents=parents, **texts,
         )
         made.set_defaults(parser=made)
         add(made)
@@ -123,8 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def _hint(problem: UnifiedEditError) -> str | None:
+def _hint(problem: UnifiedEditError, command: str) -> str | None:
     """The options that stand for what a message of the library says in terms of Python."""
+    if "preserve" in str(problem) and isinstance(problem, (FactError, InfeasibleError)):
+        return "what is preserved by name is given a weight by --preserve-weight W"
     if isinstance(problem, ContradictionError):
         return "the last one wins with --on-conflict last"
     if isinstance(problem, (InfeasibleError, SharedSubjectError)):
@@ -132,7 +142,7 @@ def _hint(problem: UnifiedEditError) -> str | None:
         shared = ways if isinstance(problem, SharedSubjectError) else ""
         return f"a method with a ridge is --method MEMIT, or --ridge LAM{shared}"
     if isinstance(problem, MethodError):
-        return "these settings are --layers and --ridge"
+        return f"these settings are --layers and --ridge{'s' if command == 'sweep' else ''}"
     if isinstance(problem, StatisticsError) and not isinstance(problem, StatisticsFileError):
         return (
             f"collect them by: {PROGRAM} statistics --layers N --texts FILE [--shrinkage 1e-3] "
@@ -189,15 +199,15 @@ def perform(args: argparse.Namespace) -> int:
     meanwhile (progress, notes, warnings, also those of other packages) goes to standard error, so
     that ``--json`` can be piped.
     """
-    from unified_edit.command_line.commands import COMMANDS  # takes seconds: torch, transformers
     from unified_edit.command_line.console import to_json
+    from unified_edit.command_line.sweeping import COMMANDS  # takes seconds: torch, transformers
 
     try:
         with _all_to_stderr():
             result = COMMANDS[args.command](args)
     except UnifiedEditError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        if hint := _hint(problem):
+        if hint := _hint(problem, args.command):
             print(f"hint: {hint}", file=sys.stderr)
         return FAILED
     try:
@@ -208,4 +218,4 @@ def perform(args: argparse.Namespace) -> int:
         # Python would try again, and say so, when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    return OK
+    return result.code

@@ -27,7 +27,7 @@ from unified_edit.command_line.console import (
     to_json,
     write_text,
 )
-from unified_edit.editing import METHODS, Edit, Method, edit, load_model
+from unified_edit.editing import METHODS, Edit, Method, Preserve, edit, load_model
 from unified_edit.errors import ModelError
 from unified_edit.facts import Fact, read_facts
 from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records, suggest_layers
@@ -47,10 +47,11 @@ _WAYS = ("on_shared_subject", "on_conflict")
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: a JSON-able document, and the same for people."""
+    """What a command found: a JSON-able document, and the same for people; and the exit code."""
 
     document: Mapping[str, Any]
     text: str
+    code: int = 0
 
 
 def run_ask(args: Namespace) -> Result:
@@ -79,9 +80,12 @@ def run_edit(args: Namespace) -> Result:
     check_place(args.out, args.force)
     if args.peft is not None:
         check_place(args.peft, folder=True)
-    statistics = _statistics(args)
+    statistics, preserve = _statistics(args), _preserve(args)
     model, tokenizer = _model(args)
-    made = edit(model, tokenizer, facts, method, statistics=statistics, seed=seed, **_ways(args))
+    made = edit(
+        model, tokenizer, facts, method, statistics=statistics, seed=seed, preserve=preserve,
+        **_ways(args),
+    )  # fmt: skip
     made.save(args.out)
     if args.peft is not None:
         made.to_peft(args.peft)
@@ -96,6 +100,7 @@ def run_edit(args: Namespace) -> Result:
         "id": made.id,
         "facts": [asdict(fact) | row for fact, row in zip(made.facts, outcomes, strict=True)],
         "layers": layers,
+        "preserved": made.preserved.to_dict("records"),
         "warnings": list(made.warnings),
         "out": str(args.out),
         "peft": None if args.peft is None else str(args.peft),
@@ -106,6 +111,8 @@ def run_edit(args: Namespace) -> Result:
         "of the target before and after; likeliest: whether the model now says it by itself)\n"
         f"{format_table(table[shown])}\n\n{format_table(pd.DataFrame(layers))}"
     )
+    if preserve is not None:
+        text += f"\n\npreserved by name:\n{format_table(made.preserved)}"
     return Result(document, text + _wrote(args.out, args.peft))
 
 
@@ -238,6 +245,11 @@ COMMANDS = {
 
 
 def _model(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
+    return load_model(**_loading(args))
+
+
+def _loading(args: Namespace) -> dict[str, Any]:
+    """What `load_model` is told."""
     try:  # nobody waits for a large model to be told of a device that is not there
         torch.ones(1, device=args.device).item()
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as problem:
@@ -246,7 +258,7 @@ def _model(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
             f"device {args.device!r} cannot be used ({reason}); leave --device out for the CPU"
         ) from problem
     names = ("dtype", "device", "revision", "allow_bin", "gguf_file", "cache")
-    return load_model(args.model, **{name: getattr(args, name) for name in names})
+    return {"name": args.model, **{name: getattr(args, name) for name in names}}
 
 
 def _facts(args: Namespace) -> list[Fact]:
@@ -266,6 +278,14 @@ def _method(args: Namespace) -> Method:
     given = {name: getattr(args, name) for name in ("layers", "ridge")}
     changes = {name: value for name, value in given.items() if value is not None}
     return METHODS[args.method].replace(**changes)
+
+
+def _preserve(args: Namespace) -> Preserve | None:
+    named = [*(read_facts(args.preserve) if args.preserve else ()), *(args.preserve_prompts or ())]
+    if not named and args.preserve_weight is not None:
+        args.parser.error("--preserve-weight is of use with --preserve or --preserve-prompts")
+    weight: float | None = args.preserve_weight
+    return Preserve(tuple(named), "exact" if weight is None else weight) if named else None
 
 
 def _ways(args: Namespace) -> dict[str, Any]:

@@ -76,6 +76,13 @@ def edit(made: argparse.ArgumentParser) -> None:
     made.add_argument("--subject", help="its subject")
     made.add_argument("--target", help="what the model shall say after the prompt")
     made.add_argument("--target-true", metavar="TARGET", help="what it says now (may be left out)")
+    made.add_argument("--preserve", type=path_of, metavar="FILE",
+                      help="facts whose subjects' values stay as they are, as in --facts")
+    made.add_argument("--preserve-prompts", nargs="+", metavar="PROMPT",
+                      help="prompts that the model is to read as it does now")
+    made.add_argument("--preserve-weight", type=float, metavar="W",
+                      help="what changing them costs, beside missing a fact by as much (default: "
+                      "they do not change at all)")
     made.add_argument("--out", type=path_of, required=True, metavar="FILE", help="the edit")
     made.add_argument("--peft", type=path_of, metavar="FOLDER",
                       help="write the edit as a LoRA adapter too, to a new or empty folder")

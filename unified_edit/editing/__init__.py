@@ -10,6 +10,7 @@ from unified_edit.editing.hook_layers import HookLayers
 from unified_edit.editing.hook_measures import Opened
 from unified_edit.editing.hook_writing import HookBatch
 from unified_edit.editing.hooks_beside import HookSettings
+from unified_edit.editing.kept import Kept
 from unified_edit.editing.keys import (
     KEY_MEANS,
     SITES,
@@ -25,6 +26,7 @@ from unified_edit.editing.methods import (
     Method,
 )
 from unified_edit.editing.more_settings import MEASURED, PUBLISHED
+from unified_edit.editing.named import Preserve
 from unified_edit.editing.one_call import edit, optimise_values
 from unified_edit.editing.opening import load_model
 from unified_edit.editing.plans import Plan
@@ -50,8 +52,8 @@ from unified_edit.editing.values_cache import values_for
 __all__ = (
     "ALPHAEDIT DEFAULTS EMMET EMMET_RELEASED ENCORE KEY_MEANS MEASURED MEMIT MEMIT_REPLAY METHODS "
     "PMET PRESERVATIONS PUBLISHED P_ROME ROME ROME_RELEASED R_ROME SETTINGS SITES SPREADS Choice "
-    "Contexts Edit Editor FineTuning HookBatch HookLayers HookSettings Method Opened Outcome Plan "
-    "Provenance Spread Touched Undone Values compute_keys compute_values context_weights edit "
-    "fine_tune load_model norm_anchor_of null_space optimise_values read_values sample_prefixes "
-    "shares values_for"
+    "Contexts Edit Editor FineTuning HookBatch HookLayers HookSettings Kept Method Opened Outcome "
+    "Plan Preserve Provenance Spread Touched Undone Values compute_keys compute_values "
+    "context_weights edit fine_tune load_model norm_anchor_of null_space optimise_values "
+    "read_values sample_prefixes shares values_for"
 ).split()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,8 +21,10 @@ from unified_edit.editing.histories import (
     updates_at,
     values_of,
 )
+from unified_edit.editing.kept import Kept, moved_of, said_behind
 from unified_edit.editing.keys import column_means, keys_of
 from unified_edit.editing.methods import Method
+from unified_edit.editing.named import named_metric
 from unified_edit.editing.preservations import metric_of
 from unified_edit.editing.provenance import Alone, provenance_of
 from unified_edit.errors import EditError, NullSpaceError
@@ -167,6 +169,9 @@ def _solved_again(
             K, V = edit.keys[weight.name], edit.targets[weight.name]
             metric = metric_of(method.preservation, method.norm_weight or 0.0, statistics, weight)
             metric = past.metric(metric, weight, ridge)
+            if recorded.preserve is not None:
+                names = edit.preserved_keys[weight.name]
+                metric = named_metric(metric, names, recorded.preserve, ridge)
             R = V - values_of(ledger, weight, K, updates_at(weight, (*others, *earlier)))
             found[weight.name] = solve(metric, K, R, ridge=ridge, infeasible=method.infeasible)
         return found
@@ -181,9 +186,11 @@ def _solved_again(
         alone = Alone("replayed", updates)
         ledger.activate((*others, *earlier, alone))
         after = _asked(editor, edit.facts)
+        kept = _kept_again(editor, edit, updates)
     return replace(
         edit,
         updates=updates,
+        kept=kept,
         outcomes=tuple(
             replace(outcome, after=found.probability, likeliest=found.greedy)
             for outcome, found in zip(edit.outcomes, after, strict=True)
@@ -199,7 +206,23 @@ def _solved_again(
             on_shared_subject=recorded.on_shared_subject,
             history=recorded.history,
             replaces=replaces,
+            preserve=recorded.preserve,
         ),
+    )
+
+
+def _kept_again(editor: Owner, edit: Edit, updates: Mapping[str, Update]) -> tuple[Kept, ...]:
+    """What became of what the edit was to preserve, now that its updates are others."""
+    if not edit.kept:
+        return ()
+    encoder = Encoder(editor.tokenizer, editor.parts)
+    rows = encoder.prompts([one.prompt for one in edit.kept])
+    says = said_behind(editor.parts, encoder, rows, [one.token for one in edit.kept])
+    columns = [one.columns for one in edit.kept]
+    moved = moved_of(editor.ledger, updates, edit.preserved_keys, columns)
+    return tuple(
+        replace(one, after=now.probability, says=now.text, moved=far)
+        for one, now, far in zip(edit.kept, says, moved, strict=True)
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from unified_edit.editing.kept import Kept
 from unified_edit.editing.methods import Method
 from unified_edit.editing.provenance import Outcome, Provenance, Touched
 from unified_edit.editing.tuning import FineTuning
@@ -36,6 +37,8 @@ class Recorded:
     warnings: tuple[str, ...] = ()
     columns: tuple[int, ...] = ()
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: tuple[Kept, ...] = ()
+    preserved_keys: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.columns:
@@ -62,6 +65,10 @@ def description_of(edit: Recorded) -> dict[str, Any]:
         described["columns"] = list(edit.columns)
     if edit.provenance.history is None:
         del described["provenance"]["history"], described["provenance"]["replaces"]
+    if edit.provenance.preserve is None:
+        del described["provenance"]["preserve"]
+    else:
+        described["kept"] = [asdict(one) for one in edit.kept]
     return described
 
 
@@ -69,6 +76,7 @@ def tensors_of(edit: Recorded) -> dict[str, Tensor]:
     """Its matrices, by the names that they have in a file."""
     tensors = {f"keys.{name}": keys for name, keys in edit.keys.items()}
     tensors |= {f"targets.{name}": values for name, values in edit.targets.items()}
+    tensors |= {f"preserved.{name}": keys for name, keys in edit.preserved_keys.items()}
     for name, update in edit.updates.items():
         if update.is_dense:
             tensors[f"delta.{name}"] = update.delta
@@ -101,6 +109,7 @@ def fields_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
     kind = FineTuning if "norm" in meta["method"] else Method
     names = list(meta["diagnosis"])
     with_history = past.get("history") is not None
+    with_names = past.get("preserve") is not None
     return {
         "facts": tuple(Fact(**fact) for fact in meta["facts"]),
         "method": kind.from_dict(meta["method"]),
@@ -116,7 +125,16 @@ def fields_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
         "provenance": Provenance(**{**past, **read_again}),
         "warnings": tuple(meta["warnings"]),
         "columns": tuple(meta.get("columns", ())),
+        "kept": tuple(map(_kept, meta["kept"])) if with_names else (),
+        "preserved_keys": {name: tensors[f"preserved.{name}"] for name in names if with_names},
     }
+
+
+def _kept(told: Mapping[str, Any]) -> Kept:
+    item = told["item"]
+    read = item if isinstance(item, str) else Fact(**item)
+    lists = {"columns": tuple(told["columns"]), "moved": tuple(told["moved"])}
+    return Kept(**{**told, "item": read, **lists})
 
 
 def _check_complete(edit: Recorded) -> None:
@@ -135,6 +153,13 @@ def _check_complete(edit: Recorded) -> None:
         asked = edit.targets.get(name)
         if asked is not None and tuple(asked.shape) != (len(update.left), wide):
             raise ValueError(f"targets of {name} are {tuple(asked.shape)}")
+    named = {column for one in edit.kept for column in one.columns}
+    for name, keys in edit.preserved_keys.items():
+        shape = (edit.updates[name].right.shape[1], len(named))
+        if named != set(range(len(named))) or tuple(keys.shape) != shape:
+            raise ValueError(f"preserved keys of {name} are {tuple(keys.shape)}, not {shape}")
+    if any(len(one.moved) != len(edit.updates) for one in edit.kept):
+        raise ValueError(f"{len(edit.updates)} weights, but {edit.kept}")
 
 
 def _update(tensors: Mapping[str, Tensor], name: str, diagnosis: Diagnosis) -> Update:

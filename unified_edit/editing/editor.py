@@ -18,12 +18,14 @@ from unified_edit.editing.history_files import resume, save
 from unified_edit.editing.layer_loop import (
     Written,
     by_column,
+    kept_of,
     lost_again,
     not_taken,
     outcomes_of,
     write,
 )
 from unified_edit.editing.methods import EMMET, Method
+from unified_edit.editing.named import Preserved, named_of
 from unified_edit.editing.plans import (
     Plan,
     check_room,
@@ -181,6 +183,7 @@ class Editor:
         batch: bool = True,
         on_shared_subject: SharedSubject | None = None,
         on_conflict: Conflict | None = None,
+        preserve: Preserved | None = None,
     ) -> Plan:
         """Check everything that can be checked before any work is done, and tokenise the facts.
 
@@ -216,9 +219,12 @@ class Editor:
                 check_room(resolved, len({columns[place] for place in turn}), weights)
         encoder = Encoder(self.tokenizer, parts)
         rows = encoder.fact_rows(items, self.prefixes(resolved.contexts, seed))
+        named = named_of(preserve, rows, encoder, parts.causal)
+        notes += named.notes if named else ()
         return Plan(
-            resolved, rows, weights, state, columns, turns, tuple(notes), way, past, met.replaces
-        )
+            resolved, rows, weights, state, columns, turns, tuple(notes), way, past, met.replaces,
+            named,
+        )  # fmt: skip
 
     def edit(
         self,
@@ -231,6 +237,7 @@ class Editor:
         apply: bool = True,
         on_shared_subject: SharedSubject | None = None,
         on_conflict: Conflict | None = None,
+        preserve: Preserved | None = None,
     ) -> Edit:
         """`unified_edit.edit` on this model."""
         with quiet(self.model):
@@ -240,6 +247,7 @@ class Editor:
                 seed=seed,
                 on_shared_subject=on_shared_subject,
                 on_conflict=on_conflict,
+                preserve=preserve,
             )
             parts = self.parts
             if values is not None:
@@ -320,6 +328,8 @@ class Editor:
             keys=by_column(plan, made.keys),
             columns=plan.columns,
             targets=by_column(plan, made.targets),
+            kept=kept_of(plan, made, self.ledger, updates),
+            preserved_keys=made.preserved,
             outcomes=outcomes,
             provenance=provenance_of(
                 self.ledger,
@@ -332,6 +342,7 @@ class Editor:
                 on_shared_subject=plan.on_shared_subject,
                 history=plan.past.kind,
                 replaces=plan.replaces,
+                preserve=plan.named.given.weight if plan.named else None,
             ),
             warnings=tuple(warnings),
         ).bound_to(self.model)

@@ -49,7 +49,8 @@ class Edit(Recorded):
     update was solved for. columns: for each fact its column there, one of its own unless facts of
     one subject were merged. outcomes: one a fact. warnings: what a user should know about it.
     targets: {name: V (d_out x columns)}, what the weight was to give for its keys; only where
-    the edit was made with a history.
+    the edit was made with a history. kept: what became of each item that was to be preserved by
+    name, for which preserved_keys has {name: K_p (d_in x keys)}.
     """
 
     _model: weakref.ref[PreTrainedModel] | None = field(default=None, repr=False)
@@ -112,6 +113,24 @@ class Edit(Recorded):
             }
             for fact, outcome in zip(self.facts, self.outcomes, strict=True)
         )
+
+    @property
+    def preserved(self) -> pd.DataFrame:
+        """One row an item that was to be preserved by name: how far it moved.
+
+        Columns: item (its prompt), keys (how many it has), said (the likeliest next token without
+        the edit), before and after (its probability without and with), says (the likeliest with
+        it), and for each layer "moved at ...": norm(Delta k) / norm(W0 k) over its keys.
+        """
+        import pandas as pd
+
+        columns = ["item", "keys", "said", "before", "after", "says"]
+        moved = [f"moved at {layer}" for layer in self.layers]
+        rows = [
+            [one.prompt, len(one.columns), one.said, one.before, one.after, one.says, *one.moved]
+            for one in self.kept
+        ]
+        return pd.DataFrame(rows, columns=[*columns, *moved])
 
     def bound_to(self, model: PreTrainedModel) -> Edit:
         """The same edit, known to be of a model in memory."""

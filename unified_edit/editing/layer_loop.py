@@ -16,8 +16,10 @@ from unified_edit.editing.histories import (
     updates_at,
     values_of,
 )
+from unified_edit.editing.kept import Kept, Said, moved_of, said_behind
 from unified_edit.editing.keys import KEY_MEANS, column_means, keys_of
 from unified_edit.editing.methods import Method
+from unified_edit.editing.named import check_free, counted
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
 from unified_edit.editing.preservations import metric_of
 from unified_edit.editing.provenance import Outcome
@@ -30,7 +32,7 @@ from unified_edit.facts import Fact, shared_subjects
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.ledger import Ledger
 from unified_edit.model.likelihoods import Likelihood, likelihoods
-from unified_edit.objective import Update, feasible, solve
+from unified_edit.objective import MetricProtocol, Update, feasible, solve
 from unified_edit.statistics import KeyStatistics
 
 
@@ -41,6 +43,8 @@ class Written:
     updates, keys, targets: by name of a weight, one for each turn; the targets are the V of a
     history, and there is none without. after: the likelihood of each target with
     all of them. took: whether greedy decoding gave it after its own turn, if that was asked.
+    preserved: K_p of what is preserved by name, by name of a weight, as its last turn read it;
+    said, says: what the model says behind those prompts before and with all.
     """
 
     updates: dict[str, list[Update]] = field(default_factory=dict)
@@ -49,6 +53,9 @@ class Written:
     values: list[Values] = field(default_factory=list)
     after: list[Likelihood] = field(default_factory=list)
     took: list[bool] = field(default_factory=list)
+    preserved: dict[str, Tensor] = field(default_factory=dict)
+    said: list[Said] = field(default_factory=list)
+    says: list[Said] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -70,6 +77,9 @@ def write(
     turns = [plan.of(turn) for turn in plan.turns]
     watched = plan.on_shared_subject == "split" and bool(shared_subjects(plan.facts))
     past = replace(plan.past, origin=origin_of(statistics, plan.method))
+    named = plan.named
+    if named is not None:
+        made.said = said_behind(parts, named.encoder, named.asked)
     with ledger.trying() as add:
         for number, turn in enumerate(turns):
             if number and past.kind is not None:
@@ -81,6 +91,9 @@ def write(
             if watched:
                 made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
         made.after = likelihoods(parts, [row for turn in turns for row in turn.rows.bare])
+        if named is not None:
+            tokens = [one.token for one in made.said]
+            made.says = said_behind(parts, named.encoder, named.asked, tokens)
     return made
 
 
@@ -109,12 +122,12 @@ def write_one(
     else:
         made.warnings += check_subjects(method, plan.facts, first_keys)
     made.warnings += check_first_place(parts, rows, plan.layers[0])
-    preservation, norm_weight = method.preservation, method.norm_weight or 0.0
-    metric = metric_of(preservation, norm_weight, statistics, plan.weights[0])
-    metric = past.metric(metric, plan.weights[0], ridge)
+    metric = _metric(parts, plan, plan.weights[0], statistics, past, made)
+    made.warnings += _crowded(plan, metric, first_keys, made.preserved.get(plan.weights[0].name))
     if ridge == 0 and method.infeasible == "raise":
         # a batch that cannot be held is refused before its values are optimised
-        feasible(metric, first_keys, names=names).require()
+        with counted(plan.named):
+            feasible(metric, first_keys, names=names).require()
     if values is None:
         values = compute_values(parts, rows, method, plan.conditions, columns)
     made.values.append(values)
@@ -126,23 +139,24 @@ def write_one(
         if place == 0:
             keys = first_keys  # nothing has changed since
         else:
-            metric = metric_of(preservation, norm_weight, statistics, weight)
-            metric = past.metric(metric, weight, ridge)
+            metric = _metric(parts, plan, weight, statistics, past, made)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
             keys = column_means(keys, columns)
+            made.warnings += _crowded(plan, metric, keys, made.preserved.get(weight.name))
         is_delta = place == 0 and method.output_mean == KEY_MEANS["bare"]
         residual = values.delta if is_delta else missing(parts, plan, goal)
         residual = residual / parts.gain(goal.layer, method.site(parts, goal.layer))
         residual = divided_residual(parts, plan, weight, metric, keys, residual)
         asked = share * residual
-        update = solve(
-            metric,
-            keys,
-            asked,
-            ridge=ridge,
-            infeasible=method.infeasible,
-            names=names,
-        )
+        with counted(plan.named):
+            update = solve(
+                metric,
+                keys,
+                asked,
+                ridge=ridge,
+                infeasible=method.infeasible,
+                names=names,
+            )
         if past.kind is not None and ledger is not None:
             written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]
             now = values_of(ledger, weight, keys, written)
@@ -150,6 +164,49 @@ def write_one(
         add(weight, update)
         made.updates.setdefault(weight.name, []).append(update)
         made.keys.setdefault(weight.name, []).append(keys)
+
+
+def _metric(
+    parts: Anatomy,
+    plan: Plan,
+    weight: NamedWeight,
+    statistics: KeyStatistics,
+    past: Past,
+    made: Written,
+) -> MetricProtocol:
+    """What an update costs at a weight, on the model as edited so far; `made` gets K_p."""
+    method = plan.method
+    metric = metric_of(method.preservation, method.norm_weight or 0.0, statistics, weight)
+    metric = past.metric(metric, weight, plan.ridge)
+    if plan.named is None:
+        return metric
+    kept = plan.named.keys(parts, weight.layer, method.key_mean)
+    made.preserved[weight.name] = kept
+    return plan.named.metric(metric, kept, plan.ridge)
+
+
+def _crowded(plan: Plan, metric: MetricProtocol, keys: Tensor, kept: Tensor | None) -> list[str]:
+    """Warnings of edited keys that exact preservation leaves little of; see `check_free`."""
+    if plan.named is None or kept is None:
+        return []
+    may = plan.method.infeasible == "least_violation"
+    return check_free(plan.named, metric, keys, kept, plan.names, may)
+
+
+def kept_of(
+    plan: Plan, made: Written, ledger: Ledger, updates: Mapping[str, Update]
+) -> tuple[Kept, ...]:
+    """What became of each item that was to be preserved."""
+    if plan.named is None:
+        return ()
+    items, columns = plan.named.given.items, plan.named.columns
+    moved = moved_of(ledger, updates, made.preserved, columns)
+    return tuple(
+        Kept(item, own, said.token, said.text, said.probability, says.probability, says.text, far)
+        for item, own, said, says, far in zip(
+            items, columns, made.said, made.says, moved, strict=True
+        )
+    )
 
 
 def by_column(plan: Plan, of_turns: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from unified_edit.editing.editor import Editor
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.histories import History
 from unified_edit.editing.methods import EMMET, Method
+from unified_edit.editing.named import Preserved
 from unified_edit.editing.values import Values
 from unified_edit.facts import Conflict, Fact, SharedSubject
 from unified_edit.model.anatomy import Tokenizer
@@ -29,6 +30,7 @@ def edit(
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
     history: History | None = None,
+    preserve: Preserved | None = None,
 ) -> Edit:
     """Write facts into the model; return the `Edit`, which can be undone, saved and exported.
 
@@ -54,6 +56,10 @@ def edit(
         "soft": what it does to their keys costs as much as what it misses of its own facts, which
         needs a ridge; "hard": it may not change what they gave. Their facts are then held against
         the new ones by the two rules above. See `Editor`.
+    preserve: facts and prompts whose values are to stay as they are, exactly; or `Preserve` of
+        them with a weight. Their keys are read at each edited layer as those of the facts are; for
+        this edit alone, later ones are to name them again. `Edit.preserved` says how far each
+        moved.
 
     Facts whose target is not the likeliest continuation of their prompt afterwards are counted in
     a warning; `Edit.table` shows the probability of each before and after.
@@ -66,7 +72,9 @@ def edit(
         model, tokenizer, seed=seed, on_shared_subject=on_shared_subject,
         on_conflict=on_conflict, history=history,
     )  # fmt: skip
-    return editor.edit(facts, method, statistics=statistics, values=values, apply=apply)
+    return editor.edit(
+        facts, method, statistics=statistics, values=values, apply=apply, preserve=preserve
+    )
 
 
 def optimise_values(

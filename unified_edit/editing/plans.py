@@ -11,6 +11,7 @@ from torch import Tensor
 from unified_edit.editing.histories import NO_PAST, Column, Past
 from unified_edit.editing.keys import column_means
 from unified_edit.editing.methods import Method
+from unified_edit.editing.named import Named
 from unified_edit.editing.values import Values
 from unified_edit.errors import (
     FactError,
@@ -46,6 +47,7 @@ class Plan:
     turns: the places of the facts that are written together, turn by turn.
     notes: what a user should know about the choice of facts.
     past: what earlier edits wrote, and how it counts; replaces: columns of theirs written anew.
+    named: what is preserved by name beside the facts.
     """
 
     method: Method
@@ -58,6 +60,7 @@ class Plan:
     on_shared_subject: SharedSubject = "raise"
     past: Past = NO_PAST
     replaces: tuple[Column, ...] = ()
+    named: Named | None = None
 
     @property
     def facts(self) -> tuple[Fact, ...]:
@@ -92,7 +95,10 @@ class Plan:
         """The plan of some of the facts, all that share a value among them, in one turn."""
         columns = _renumbered([self.columns[place] for place in places])
         turn = tuple(range(len(places)))
-        return Plan(self.method, self.rows.of(places), self.weights, self.state, columns, (turn,))
+        return Plan(
+            self.method, self.rows.of(places), self.weights, self.state, columns, (turn,),
+            named=self.named,
+        )  # fmt: skip
 
 
 def _renumbered(columns: Sequence[int]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -45,7 +45,8 @@ class Provenance:
     origin: of a dequantised model, its file, how that was quantised, and its SHA-256.
     on_shared_subject: what was to be done with facts of one subject.
     history: how the keys of earlier edits counted. replaces: their columns, (id, number), whose
-    facts this edit writes anew.
+    facts this edit writes anew. preserve: the weight of what was preserved by name (`Edit.kept`),
+    "exact" or a number; None where nothing was.
     """
 
     fingerprint: str
@@ -61,6 +62,7 @@ class Provenance:
     on_shared_subject: SharedSubject = "raise"
     history: str | None = None
     replaces: tuple[tuple[str, int], ...] = ()
+    preserve: float | Literal["exact"] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def provenance_of(
     on_shared_subject: SharedSubject = "raise",
     history: str | None = None,
     replaces: tuple[tuple[str, int], ...] = (),
+    preserve: float | Literal["exact"] | None = None,
 ) -> Provenance:
     """The record of an edit of the ledger's model, which does not hold it yet."""
     alone, parts = Alone("alone", updates), ledger.parts
@@ -198,4 +201,5 @@ def provenance_of(
         on_shared_subject=on_shared_subject,
         history=history,
         replaces=replaces,
+        preserve=preserve,
     )

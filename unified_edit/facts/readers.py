@@ -9,19 +9,25 @@ What each format gives a `Record`, and what it leaves empty:
 | KnowEdit (`locality`,             | target_new against    | any number  | none        | none       | its groups |
 | `portability`, `rephrase`)        | ground_truth, if any  |             |             |            |            |
 | reduced (`ground_truth`)          | as in KnowEdit        | none        | 1           | 1          | `locality` |
+| MQuAKE (`requested_rewrite`, a    | target_new/_true .str | 1           | none        | none       | its        |
+| list)                             |                       |             |             |            | questions  |
 | own (`fact`)                      | as written            | as written  | as written  | as written | as written |
 | facts only (`prompt`)             | as written            | none        | none        | none       | none       |
 
 CounterFact's attribute prompts enter none of the scores and are not read. In zsRE `alt` is the
 answer that the edit plants and `answers` are the right ones (`pred`, what another model said, is
-not used); the unrelated question `loc` is a probe without foil. MEMIT's zsRE runs instead taught
+not used); the unrelated question `loc` is a probe without foil, and so is the "New Question" that
+EasyEdit's selection has as `portability`. MEMIT's zsRE runs instead taught
 the right answer; build such facts from `answers` yourself. A group "Reasoning" of KnowEdit's
 portability becomes the probes "portability: Reasoning", one a prompt, with the first of the answers
 that count as right there; where `ground_truth` is absent or empty, as throughout `wiki_recent`, the
 fact has no `target_true`. (Its WikiBio has no prompts and is refused.) In the reduced form the one
 "rephrase" is mostly a *generation* prompt, so it is never counted as a paraphrase; its locality
-prompt is a neighbour when its answer is `target_true`, else a probe. The own format is what
-`json.dumps(dataclasses.asdict(record))` writes, one record a line.
+prompt is a neighbour when its answer is `target_true`, else a probe. The multi-hop questions of
+MQuAKE (arXiv 2305.14795) are the probes "portability: multi-hop", `new_answer` against `answer`
+(aliases and single hops are not read); a case of several rewrites, whose question needs all of them
+at once, is no record. The own format is what `json.dumps(dataclasses.asdict(record))` writes, one
+record a line.
 
 Fields that no reader knows, and checks that lack a question or an answer, are left out and said so
 in one warning of the log.
@@ -46,10 +52,15 @@ _PROBE_FIELDS = ("prompt", "expected", "foil")
 _PROMPT_LISTS = ("paraphrases", "neighbours", "generation_prompts")
 _RECORD_FIELDS = ("fact", *_PROMPT_LISTS, "probes", "case_id", "relation")
 _CHECKS = ("locality", "portability")
+#: The question and answer of EasyEdit's zsRE that a fact leads to.
+_NEW = ("New Question", "New Answer")
 # Each makes a record of what would otherwise be a bare fact.
 _EASYEDIT_FIELDS = (*_CHECKS, "rephrase", "ground_truth", "rephrase_prompt", "locality_prompt")
 # Known, and of no use here.
-_UNREAD = {"attribute_prompts", "pararel_idx", "pred", "cond"}
+_UNREAD = {
+    *("attribute_prompts", "pararel_idx", "pred", "cond"),
+    *("answer_alias", "new_answer_alias", "single_hops", "new_single_hops", "orig"),
+}
 
 
 def _fact(fields: Fields) -> Fact:
@@ -115,6 +126,31 @@ def _counterfact(fields: Fields) -> Record:
     )
 
 
+def _mquake(fields: Fields) -> Record:
+    rewrites = fields.take("requested_rewrite", list)
+    if len(rewrites) != 1:
+        raise FactError(
+            f"a case of several rewrites: got {len(rewrites)}. Its question needs all of them at "
+            "once, and a record has one fact."
+        )
+    rewrite = Fields(rewrites[0], f"{fields.where}, in 'requested_rewrite'", fields.number)
+    targets = (rewrite.inside(name).take("str", str) for name in ("target_new", "target_true"))
+    fact = Fact(rewrite.take("prompt", str), rewrite.take("subject", str), *targets)
+    new, old = fields.take("new_answer", str), fields.optional("answer", str)
+    foil = None if old is None or old.strip() == new.strip() else old
+    probes = tuple(Probe(question, new, foil) for question in fields.texts("questions"))
+    return Record(
+        fact, rewrite.answers("question"), probes={"portability: multi-hop": probes},
+        case_id=_case_id(fields), relation=rewrite.optional("relation_id", str) or None,
+    )  # fmt: skip
+
+
+def _rewritten(fields: Fields) -> Record:
+    """CounterFact, or MQuAKE, whose cases have a list of rewrites."""
+    several = isinstance(fields.values["requested_rewrite"], list)
+    return _mquake(fields) if several else _counterfact(fields)
+
+
 def _counterfactual(fields: Fields, prompt: str, target_new: str, right: str) -> Fact:
     """A fact whose new target must be none of the right answers, where any are known."""
     text, subject, new = (fields.take(name, str) for name in (prompt, "subject", target_new))
@@ -134,6 +170,10 @@ def _zsre(fields: Fields) -> Record:
     probes = {}
     if "loc" in fields:
         probes["locality"] = (Probe(fields.take("loc", str), fields.take("loc_ans", str)),)
+    moved = fields.values.get("portability")
+    if isinstance(moved, dict) and all(moved.get(name) for name in _NEW):
+        asked, said = (fields.inside("portability").take(name, str) for name in _NEW)
+        probes["portability"] = (Probe(asked, said),)
     return Record(fact, fields.answers("rephrase"), probes=probes, case_id=_case_id(fields))
 
 
@@ -185,7 +225,7 @@ def _probes(check: Fields, notes: list[str]) -> Iterator[Probe]:
 
 
 _FORMATS: dict[str, Callable[[Fields], Record]] = {
-    "requested_rewrite": _counterfact, "fact": _own, "src": _zsre,
+    "requested_rewrite": _rewritten, "fact": _own, "src": _zsre,
     **dict.fromkeys(_EASYEDIT_FIELDS, _easyedit), "prompt": lambda bare: Record(_fact(bare)),
 }  # fmt: skip
 
@@ -197,8 +237,8 @@ def _record(fields: Fields) -> Record:
     found = ", ".join(map(repr, fields.values)) or "none"
     raise FactFileError(
         f"{fields.where}: no known format, fields found: {found}. Expected CounterFact "
-        "('requested_rewrite'), zsRE ('src', 'alt', 'answers'), KnowEdit or the reduced form "
-        "('prompt', 'ground_truth', ...), or this library's own ('fact', 'paraphrases', ...)."
+        "or MQuAKE ('requested_rewrite'), zsRE ('src', 'alt', 'answers'), KnowEdit or the reduced "
+        "form ('prompt', 'ground_truth', ...), or this library's own ('fact', 'paraphrases', ...)."
     )
 
 

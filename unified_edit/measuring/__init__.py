@@ -1,10 +1,14 @@
 """Measuring: what a model says before and after, and where it keeps what it says."""
 
-from unified_edit.measuring import figures
+from unified_edit.measuring import figures, grid_figures
 from unified_edit.measuring.asking import ask, compare
 from unified_edit.measuring.batches import BatchReport, evaluate_batches
 from unified_edit.measuring.evaluation import evaluate, evaluate_edits
 from unified_edit.measuring.generation import Generation, complete, ngram_entropy
+from unified_edit.measuring.grid import Cell, Grid, read_grid
+from unified_edit.measuring.grid_figures import draw_sweep
+from unified_edit.measuring.grid_runs import Sweep, sweep
+from unified_edit.measuring.grid_workers import sweep_in_processes
 from unified_edit.measuring.made_edits import evaluate_made
 from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
@@ -16,8 +20,9 @@ from unified_edit.measuring.traces import END, FIRST, LAST, PLACES, Average, Tra
 from unified_edit.measuring.tracing import locate, subject_sigma
 
 __all__ = (
-    "END FIRST LAST PLACES Average BatchReport Generation Prompt Question Report Score Sheet "
-    "Suggestion Trace TracedFact ask compare complete evaluate evaluate_batches evaluate_edits "
-    "evaluate_made figures harmonic_mean load_records locate ngram_entropy read_prompt "
-    "subject_sigma suggest_layers summarise to_table"
+    "END FIRST LAST PLACES Average BatchReport Cell Generation Grid Prompt Question Report Score "
+    "Sheet Suggestion Sweep Trace TracedFact ask compare complete draw_sweep evaluate "
+    "evaluate_batches evaluate_edits evaluate_made figures grid_figures harmonic_mean load_records "
+    "locate ngram_entropy read_grid read_prompt subject_sigma suggest_layers summarise sweep "
+    "sweep_in_processes to_table"
 ).split()

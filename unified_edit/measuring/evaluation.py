@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from unified_edit.arguments import is_flag, whole_number
 from unified_edit.editing.editor import Editor
+from unified_edit.editing.edits import Edit
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.plans import check_subjects
 from unified_edit.editing.values import Values
@@ -113,6 +114,7 @@ def evaluate_edits(
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
     generate: bool | Generation = False,
+    each: Callable[[Edit], object] | None = None,
 ) -> Report:
     """Edit `batch_size` records at a time into the base model, measure each batch, undo it.
 
@@ -129,6 +131,8 @@ def evaluate_edits(
         to a file can be gone on with after hours, so values are kept on disk too then, as
         `unified_edit.editing.values_for` does.
     on_shared_subject, on_conflict: as in `edit`, for each batch. generate: as in `evaluate`.
+    each: called with every edit that is made, before it is measured. A batch whose answers are in
+        the file already is not made again; one that was interrupted is, and is the same edit.
 
     Raises what `edit` and `evaluate` raise; contradictions and shared subjects within any batch of
     a list are found before the work begins, unless `known_only` decides what a batch is.
@@ -171,7 +175,9 @@ def evaluate_edits(
         with progress("editing and evaluating", total, "target") as bar:
             asking = Asking(lines, known_only, bar, tokenizer, texts)
             together = not ways and (size == 1 or not resolved.sequential)
-            editing = _Editing(editor, resolved, statistics, ways, together, to is not None, asking)
+            editing = _Editing(
+                editor, resolved, statistics, ways, together, to is not None, asking, each
+            )
             waiting: list[tuple[int, Record]] = []
             for sheet in source.sheets():
                 waiting += asking.ask(sheet, BEFORE)
@@ -219,6 +225,7 @@ class _Editing:
     together: bool  # whether values do not depend on the other facts of their batch
     on_disk: bool
     asking: Asking
+    each: Callable[[Edit], object] | None = None
 
     def batches(self, batches: Sequence[Sequence[tuple[int, Record]]]) -> None:
         """Edit and measure some batches, whose values are optimised together where they can be."""
@@ -245,6 +252,8 @@ class _Editing:
                     apply=False,
                     **self.ways,
                 )
+                if self.each is not None:
+                    self.each(made)
                 with made.applied():
                     self.asking.ask(sheet, AFTER)
 

@@ -8,6 +8,9 @@ the true object and P as in `unified_edit.model.likelihoods`,
     EM, PM   mean of P[o*] - P[oc];    NM   mean of P[oc] - P[o*]
     S        harmonic mean of ES, PS and NS; 0 if one of them is 0
     GS       share of rewrite prompts after which greedy decoding gives o*
+    PO, PG   portability: of the questions that the fact leads to (multi-hop among them), the share
+             answered as the edit has it: more probable than the old answer where there is one, and
+             by greedy decoding. The probes of all groups "portability" and "portability: ..."
     GE       mean n-gram entropy of generated text, in bits (`unified_edit.measuring.generation`);
              measured on request
 
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 REWRITE, PARAPHRASE, NEIGHBOUR = KINDS = ("rewrite", "paraphrase", "neighbour")
 #: The kind of a prompt behind which text was generated.
 GENERATION = "generation"
+#: All groups of probes that ask for what a fact leads to: "portability", "portability: ...".
+PORTABILITY = "portability*"
 BEFORE, AFTER = "before", "after"
 
 #: Score -> (kind of prompt, column of the table that is averaged); S is made of the first three.
@@ -42,11 +47,13 @@ SCORES = {
     "PM": (PARAPHRASE, "magnitude"),
     "NM": (NEIGHBOUR, "magnitude"),
     "GS": (REWRITE, "generated"),
+    "PO": (PORTABILITY, "success"),
+    "PG": (PORTABILITY, "generated"),
     "GE": (GENERATION, "magnitude"),
 }
-_ORDER = ("ES", "PS", "NS", "S", "EM", "PM", "NM", "GS", "GE")
+_ORDER = ("ES", "PS", "NS", "S", "EM", "PM", "NM", "GS", "PO", "PG", "GE")
 #: Names that a group of probes cannot have.
-RESERVED = frozenset({*KINDS, GENERATION, *_ORDER})
+RESERVED = frozenset({*KINDS, GENERATION, PORTABILITY, *_ORDER})
 
 #: Fewer resamples do not give a 2.5 % quantile.
 LEAST_BOOTSTRAP = 100
@@ -137,9 +144,12 @@ def _record_means(table: pd.DataFrame, kind: str, column: str) -> np.ndarray:
     """For each record of the table the mean over its prompts of a kind; NaN if it has none."""
     import pandas as pd
 
+    of_kind = table["kind"] == kind
+    if kind == PORTABILITY:
+        of_kind = table["kind"].str.fullmatch("portability(: .*)?")
     numbers = pd.Series(
         table[column].to_numpy(dtype=float, na_value=float("nan")), index=table["record"]
-    ).where((table["kind"] == kind).to_numpy())
+    ).where(of_kind.to_numpy())
     return numbers.groupby(level=0).mean().to_numpy()  # leaves NaN out
 
 

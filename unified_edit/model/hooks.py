@@ -297,3 +297,25 @@ def read_tokens(
             for position, index in enumerate(chosen):
                 found[name][index] = value[position, places[index]].clone()
     return {name: torch.stack([at[i] for i in range(len(rows))]) for name, at in found.items()}
+
+
+@torch.no_grad()
+def read_every_token(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sites: Mapping[Name, tuple[nn.Module, str]],
+) -> dict[Name, list[Tensor]]:
+    """Activations at all tokens of each row of ids, run whole and unpadded.
+
+    {name: one (tokens x width) a row}. Raises ModelError for a module that does not give a vector
+    for each token of each row.
+    """
+    found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
+    for chosen in of_one_length(rows):
+        inputs = left_padded([rows[index] for index in chosen], model.device)
+        with captured(sites) as seen:
+            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
+        for name, (module, side) in sites.items():
+            value = per_token(model, seen.get(name), inputs["input_ids"].shape, module, side)
+            found[name] |= {index: value[place].clone() for place, index in enumerate(chosen)}
+    return {name: [at[i] for i in range(len(rows))] for name, at in found.items()}

@@ -33,6 +33,8 @@ from torch import Tensor
 from unified_edit.errors import ObjectiveError
 
 _SLICES = 3
+# Numbers of the right factor that are cut into slices at a time.
+_AT_ONCE = 2**25
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -65,15 +67,23 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     left, right = _balanced(left, right)
     beta = (53 - (left.shape[1] - 1).bit_length()) // 2
     row_scale = _power_of_two_scale(left, dim=1)
-    column_scale = _power_of_two_scale(right, dim=0)
     left_slices = _slices(left / row_scale, beta)
-    right_slices = _slices(right / column_scale, beta)
-    # Smallest products first: the last addition, of the largest, is the one whose rounding shows.
-    for order in reversed(range(_SLICES)):
-        for i in range(order + 1):
-            # A product that the library adds to `total` itself might be added in several parts.
-            total = total + left_slices[i] @ right_slices[order - i]
-    return total * row_scale * column_scale
+    # Columns are independent of each other: some at a time, so that the slices take little memory.
+    together = max(1, _AT_ONCE // right.shape[0])
+    for start in range(0, right.shape[1], together):
+        some = right[:, start : start + together]
+        column_scale = _power_of_two_scale(some, dim=0)
+        right_slices = _slices(some / column_scale, beta)
+        part = total[:, start : start + together]
+        # Smallest products first: the last addition, of the largest, is the one whose rounding
+        # shows.
+        for order in reversed(range(_SLICES)):
+            for i in range(order + 1):
+                # A product that the library adds itself might be added in several parts.
+                part += left_slices[i] @ right_slices[order - i]
+        part *= row_scale
+        part *= column_scale
+    return total
 
 
 def is_identity(matrix: Tensor) -> bool:

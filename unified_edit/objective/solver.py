@@ -80,6 +80,11 @@ _CHOLESKY_LIMIT = 1e6
 
 _EPS = torch.finfo(torch.float64).eps
 
+# An accurate product costs six ordinary ones. Where Delta is dense and its product has more terms
+# than this, an ordinary one is taken at its word as long as, its rounding included, no more than
+# this is missed of an equality: far below EQUALITY_TOLERANCE.
+_MANY_TERMS, _PLAIN = 2**30, 1e-11
+
 Form = Literal["equality", "ridge", "least_violation", "fine-tuning"]
 Infeasible = Literal["raise", "least_violation"]
 
@@ -203,7 +208,7 @@ def solve(
     require_no_overflow(left, right)
     size = float(R.norm()) or 1.0
     ways = [(left, right)]
-    if left.shape[1] * (R.shape[0] + metric.dim) > R.shape[0] * metric.dim:
+    if _is_large(left, right):
         ways.insert(0, _dense(matmul(left, right)))
     # Dense, entries of Delta are rounded that cancel in Delta K. Where keys and C0 are both so
     # ill-conditioned that this would break an equality, the factors stay as they are.
@@ -239,9 +244,24 @@ def _hold(
     left = times_inverse(R)
     require_no_overflow(left, right)
     # Rounding in L makes right @ K differ from S. What that and the solution with S miss is found
-    # from the factors as they are, in products accurate enough to see it, and taken out.
+    # from the factors as they are, in products accurate enough to see it, and taken out. A dense
+    # Delta has no more digits than an ordinary product sees.
+    if _is_large(left, right) and _is_costly(left, right):
+        plain = left + times_inverse(R - left @ (right @ K))
+        if float((plain @ (right @ K) - R).norm()) <= _PLAIN * float(R.norm()):
+            return plain, right
     left = left + times_inverse(R - matmul(left, matmul(right, K)))
     return left, right
+
+
+def _is_large(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of two factors takes fewer numbers than they do."""
+    return left.shape[1] * (left.shape[0] + right.shape[1]) > left.shape[0] * right.shape[1]
+
+
+def _is_costly(left: Tensor, right: Tensor) -> bool:
+    """Whether an accurate product of the two would take long."""
+    return left.shape[0] * left.shape[1] * right.shape[1] > _MANY_TERMS
 
 
 def _ridge(
@@ -276,10 +296,14 @@ def _violation(K: Tensor, R: Tensor, left: Tensor, right: Tensor, form: Form) ->
     """||Delta K - R||.
 
     With a ridge it is far above rounding; an equality's is rounding and nothing else, and an
-    ordinary product would measure its own.
+    ordinary product would measure its own. That of a dense Delta is a bound, and near enough where
+    it is small.
     """
-    product = torch.matmul if form == "ridge" else matmul
-    return float((product(left, product(right, K)) - R).norm())
+    if form == "ridge" or (is_identity(left) and _is_costly(right, K)):
+        found = float((left @ (right @ K) - R).norm())
+        if form == "ridge" or found <= _PLAIN * float(R.norm()):
+            return found
+    return float((matmul(left, matmul(right, K)) - R).norm())
 
 
 def _dense(delta: Tensor) -> tuple[Tensor, Tensor]:

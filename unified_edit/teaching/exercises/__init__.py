@@ -7,15 +7,20 @@ edit models, and it is only imported when you ask for it.
 
 from unified_edit.teaching.exercises.a_fact import check_contribution, check_mean_logp
 from unified_edit.teaching.exercises.batches import check_held_and_weighed
+from unified_edit.teaching.exercises.big_models import check_merged_scores
+from unified_edit.teaching.exercises.breaks import check_overlap
 from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
 from unified_edit.teaching.exercises.checking import ExerciseError
 from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
+from unified_edit.teaching.exercises.four_corners import check_projected
+from unified_edit.teaching.exercises.hook_layers import check_gated
 from unified_edit.teaching.exercises.judging import check_harmonic, check_paraphrase_score
 from unified_edit.teaching.exercises.locating import (
     check_average_effect,
     check_noise_scale,
     check_restore,
 )
+from unified_edit.teaching.exercises.mass_editing import check_one_more
 from unified_edit.teaching.exercises.memit import (
     check_least_squares,
     check_next_batch,
@@ -26,6 +31,7 @@ from unified_edit.teaching.exercises.memory import (
     check_associative_memory,
     check_crosstalk,
 )
+from unified_edit.teaching.exercises.one_fact import check_apart
 from unified_edit.teaching.exercises.preserving import (
     check_rarities,
     check_second_moment,
@@ -50,6 +56,7 @@ from unified_edit.teaching.exercises.value import check_kl, check_project, check
 __all__ = [
     "ExerciseError",
     "check_add_association",
+    "check_apart",
     "check_associative_memory",
     "check_average_effect",
     "check_batch_equality",
@@ -61,20 +68,25 @@ __all__ = [
     "check_feasible",
     "check_filter",
     "check_frontier",
+    "check_gated",
     "check_harmonic",
     "check_held_and_weighed",
     "check_kl",
     "check_least_squares",
     "check_mean_logp",
+    "check_merged_scores",
     "check_mixed_cost",
     "check_move",
     "check_next_batch",
     "check_noise_scale",
     "check_objective_errors",
+    "check_one_more",
+    "check_overlap",
     "check_paired_interval",
     "check_paraphrase_score",
     "check_parts",
     "check_project",
+    "check_projected",
     "check_rank_one",
     "check_rarities",
     "check_resampled_interval",
