@@ -387,6 +387,17 @@ def test_the_dense_update_holds_the_equality_in_an_ordinary_product(d_in: int) -
     assert float((delta @ p.K - p.R).norm() / p.R.norm()) <= 1e-8
 
 
+@pytest.mark.parametrize(("cond_C0", "cond_A"), [(1e4, 1e2), (1e10, 1e7)])
+def test_a_large_batch_is_held_as_well(cond_C0: float, cond_A: float) -> None:
+    """Large enough that accurate products are saved; with bad conditions they are needed."""
+    p = Problem(7, 1100, 1000, 1000, cond_C0, cond_A)
+    update = solve(p.C0, p.K, p.R)
+    missed = violation(update, p.K, p.R)
+    # a well-conditioned one as well as small ones, rounding in 1,100 terms apart
+    assert missed <= (1e-12 if cond_A < 1e3 else 1e-8)
+    assert update.diagnosis.memorization_error == pytest.approx(missed, abs=1e-12)
+
+
 def test_equality_at_a_badly_conditioned_C0() -> None:
     p = Problem(4, 40, 12, 30, cond_C0=1e10, cond_A=1e3)
     update = solve(p.C0, p.K, p.R)

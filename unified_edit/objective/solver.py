@@ -81,9 +81,8 @@ _CHOLESKY_LIMIT = 1e6
 _EPS = torch.finfo(torch.float64).eps
 
 # An accurate product costs six ordinary ones. Where Delta is dense and its product has more terms
-# than this, an ordinary one is taken at its word as long as, its rounding included, no more than
-# this is missed of an equality: far below EQUALITY_TOLERANCE.
-_MANY_TERMS, _PLAIN = 2**30, 1e-11
+# than this, ordinary ones do as long as their rounding is at most this much of an equality.
+_MANY_TERMS, _ROUNDING = 2**30, 1e-10
 
 Form = Literal["equality", "ridge", "least_violation", "fine-tuning"]
 Infeasible = Literal["raise", "least_violation"]
@@ -244,12 +243,9 @@ def _hold(
     left = times_inverse(R)
     require_no_overflow(left, right)
     # Rounding in L makes right @ K differ from S. What that and the solution with S miss is found
-    # from the factors as they are, in products accurate enough to see it, and taken out. A dense
-    # Delta has no more digits than an ordinary product sees.
-    if _is_large(left, right) and _is_costly(left, right):
-        plain = left + times_inverse(R - left @ (right @ K))
-        if float((plain @ (right @ K) - R).norm()) <= _PLAIN * float(R.norm()):
-            return plain, right
+    # from the factors as they are, in products accurate enough to see it, and taken out.
+    if _is_large(left, right) and _rounds_little(R, left, right, K):
+        return left + times_inverse(R - left @ (right @ K)), right
     left = left + times_inverse(R - matmul(left, matmul(right, K)))
     return left, right
 
@@ -259,9 +255,19 @@ def _is_large(left: Tensor, right: Tensor) -> bool:
     return left.shape[1] * (left.shape[0] + right.shape[1]) > left.shape[0] * right.shape[1]
 
 
-def _is_costly(left: Tensor, right: Tensor) -> bool:
-    """Whether an accurate product of the two would take long."""
-    return left.shape[0] * left.shape[1] * right.shape[1] > _MANY_TERMS
+def _rounds_little(R: Tensor, *factors: Tensor) -> bool:
+    """Whether an accurate product of the factors, R, would take long, and would not be needed.
+
+    The rounding of an ordinary one is at most some units in the last place of the product of their
+    absolute values, and rarely as much as one.
+    """
+    left, right = factors[0], factors[1]
+    if left.shape[0] * left.shape[1] * right.shape[1] <= _MANY_TERMS:
+        return False
+    size = factors[-1].abs()
+    for one in reversed(factors[:-1]):
+        size = one.abs() @ size
+    return _EPS * float(size.norm()) <= _ROUNDING * float(R.norm())
 
 
 def _ridge(
@@ -296,13 +302,10 @@ def _violation(K: Tensor, R: Tensor, left: Tensor, right: Tensor, form: Form) ->
     """||Delta K - R||.
 
     With a ridge it is far above rounding; an equality's is rounding and nothing else, and an
-    ordinary product would measure its own. That of a dense Delta is a bound, and near enough where
-    it is small.
+    ordinary product would measure its own. That of a large batch is little beside its limit.
     """
-    if form == "ridge" or (is_identity(left) and _is_costly(right, K)):
-        found = float((left @ (right @ K) - R).norm())
-        if form == "ridge" or found <= _PLAIN * float(R.norm()):
-            return found
+    if form == "ridge" or (is_identity(left) and _rounds_little(R, right, K)):
+        return float((left @ (right @ K) - R).norm())
     return float((matmul(left, matmul(right, K)) - R).norm())
 
 
