@@ -178,13 +178,13 @@ SHOWN_LINES = {
     ("which_method",): 41,
     ("real_model",): 86,
     ("real_locating",): 86,
-    ("real_edits",): 86,
+    ("real_edits",): 88,
     ("one_fact",): 62,
     ("mass_editing",): 64,
     ("batches",): 100,
-    ("hook_layers",): 130,
-    ("four_corners",): 75,
-    ("breaks",): 62,
+    ("hook_layers",): 138,
+    ("four_corners",): 60,
+    ("breaks",): 61,
     ("big_models",): 110,
 }
 COLUMNS = 80

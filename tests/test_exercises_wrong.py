@@ -204,6 +204,7 @@ PROPERTIES = (
     r"There are no more digits in it than float32 holds",
     r"A share lies between 0 and 1|A sum of k k' is symmetric",
     r"Delta past must be zero, and is|Delta past = 0 holds",
+    r"Delta must be zero above theta, and has|With mu = 0 Delta K must be R, and is off",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,21 @@ def test_fluency_with_the_likeliest_token_is_greedy_decoding(opened: Opened) -> 
     with torch.no_grad():
         wanted = prompt + greedy(opened, prompt, length, end=-1)
     assert texts(report)[0] == wanted.replace("<|endoftext|>", "").replace("\n\n", " ")
+
+
+def test_texts_as_long_as_the_model_can_read_do_not_mind_their_company(opened: Opened) -> None:
+    how = Generation(length=10_000, top_k=1)
+    talker = replace(TALKERS[0], generation_prompts=TALKERS[0].generation_prompts[:2])
+    lengths = [len(opened[1](prompt)["input_ids"]) for prompt in talker.generation_prompts]
+    assert lengths[0] != lengths[1]
+    alone = [
+        text
+        for prompt in talker.generation_prompts
+        for text in texts(
+            evaluate(*opened, replace(talker, generation_prompts=(prompt,)), generate=how)
+        )
+    ]
+    assert texts(evaluate(*opened, talker, generate=how)) == alone
 
 
 def test_fluency_before_and_after_edits_and_in_a_file(

@@ -196,7 +196,8 @@ def _continued(
     found: list[list[int]] = [[] for _ in rows]
     lengths = [len(row) + more if more else 0 for row, more in zip(rows, tokens, strict=True)]
     with quiet(model), _own_settings(model):
-        for chosen in batches_by_length(lengths):
+        batches = batches_by_length(lengths)
+        for chosen in (part for batch in batches for part in _fitting(parts, batch, rows, tokens)):
             most = max(tokens[index] for index in chosen)
             if most == 0:
                 continue
@@ -216,6 +217,21 @@ def _continued(
                 end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 found[index] = ids[: min(end, tokens[index])]
     return found
+
+
+def _fitting(
+    parts: Anatomy, batch: list[int], rows: Sequence[Sequence[int]], tokens: Sequence[int]
+) -> Iterator[list[int]]:
+    """The rows of a batch in parts that go on together: all of them as long as the longest does.
+
+    Where this would be more than the model has positions for, those that ask for as many tokens.
+    """
+    most = max(tokens[index] for index in batch)
+    if parts.positions is None or most + max(len(rows[i]) for i in batch) <= parts.positions:
+        yield batch
+        return
+    for number in dict.fromkeys(tokens[index] for index in batch):
+        yield [index for index in batch if tokens[index] == number]
 
 
 @contextmanager
