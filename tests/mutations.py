@@ -68,6 +68,7 @@ PAST = ("tests/test_histories.py",)
 NAMED = ("tests/test_named.py",)
 READ = ("tests/test_facts.py", "-k", "multi_hop or leads_to")
 BATCHES = ("tests/test_batches.py",)
+REFERENCES = ("tests/test_references.py",)
 FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
 HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
@@ -102,6 +103,7 @@ CHAPTERS = {
     HELD: (),
     PAST: (),
     BATCHES: (),
+    REFERENCES: (),
     FORMULAS: (),
     PRESETS: (),
     HOOKS: (),
@@ -490,6 +492,12 @@ FAULTS = (
           "*settings, *used))", "*settings))", PRESETS),
     Fault("all files of edits get new fields", "editing/methods.py",
           "!= field.default or field.name not in _LATER", "is not None or True", PRESETS),
+    Fault("rare words weigh no more than others", "measuring/references.py",
+          "1 + math.log((1 + count) / (1 + number))", "1.0", REFERENCES),
+    Fault("records without references count as 0", "measuring/references.py",
+          "else math.nan", "else 0.0", REFERENCES),
+    Fault("texts go on behind the last position", "measuring/generation.py",
+          "if parts.positions is None or most + max(", "if True or most + max(", GENERATION),
     Fault("keys of earlier batches are not accumulated", "editing/hook_writing.py",
           "hooks.put(weight.layer, hook.preserving(keys, 1 / plan.ridge))",
           "hooks.put(weight.layer, hook)", HOOKS),

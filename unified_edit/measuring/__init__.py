@@ -12,6 +12,7 @@ from unified_edit.measuring.grid_workers import sweep_in_processes
 from unified_edit.measuring.made_edits import evaluate_made
 from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
+from unified_edit.measuring.references import reference_scores
 from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import Score, harmonic_mean, summarise
 from unified_edit.measuring.suggesting import Suggestion, suggest_layers
@@ -23,6 +24,6 @@ __all__ = (
     "END FIRST LAST PLACES Average BatchReport Cell Generation Grid Prompt Question Report Score "
     "Sheet Suggestion Sweep Trace TracedFact ask compare complete draw_sweep evaluate "
     "evaluate_batches evaluate_edits evaluate_made figures grid_figures harmonic_mean load_records "
-    "locate ngram_entropy read_grid read_prompt subject_sigma suggest_layers summarise sweep "
-    "sweep_in_processes to_table"
+    "locate ngram_entropy read_grid read_prompt reference_scores subject_sigma suggest_layers "
+    "summarise sweep sweep_in_processes to_table"
 ).split()

@@ -12,7 +12,7 @@ the true object and P as in `unified_edit.model.likelihoods`,
              answered as the edit has it: more probable than the old answer where there is one, and
              by greedy decoding. The probes of all groups "portability" and "portability: ..."
     GE       mean n-gram entropy of generated text, in bits (`unified_edit.measuring.generation`);
-             measured on request
+             measured on request; RS, where there are reference texts, is in `references`
 
 A tie is a failure. As in their released code (experiments/summarize.py) a score is the mean over
 records of the mean over a record's prompts, so that every record counts the same. Scores are
@@ -117,6 +117,18 @@ def summarise(table: pd.DataFrame, *, bootstrap: int = 2000, seed: int = 0) -> d
         name: Score(float(values[name]), float(low[place]), float(high[place]), counts[name])
         for place, name in enumerate(order)
     }
+
+
+def score_of(values: np.ndarray, bootstrap: int = 2000, seed: int = 0) -> Score:
+    """The mean of one number a record, NaN where a record has none, and its interval."""
+    import numpy as np
+
+    count = int((~np.isnan(values)).sum())
+    if not count:
+        return Score(float("nan"), float("nan"), float("nan"), 0)
+    samples = _resampled(values[:, None], bootstrap, seed)
+    low, high = np.nanquantile(samples, [0.025, 0.975])
+    return Score(float(np.nanmean(values)), float(low), float(high), count)
 
 
 def check_bootstrap(bootstrap: object) -> int:
