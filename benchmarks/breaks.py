@@ -15,7 +15,6 @@ import json
 import logging
 import platform
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from result_files import in_lines
 from torch import Tensor
 
 import unified_edit as ue
@@ -368,12 +368,6 @@ def main() -> None:
         minutes[name] = round((time.process_time() - began) / 60, 1)
         log.info("%s: %.1f CPU minutes", name, minutes[name])
         out.write_text(in_lines(result), encoding="utf-8")
-
-
-def in_lines(result: dict[str, Any]) -> str:
-    """JSON with the numbers of a list in one line."""
-    text = json.dumps(result, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 if __name__ == "__main__":

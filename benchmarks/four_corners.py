@@ -14,13 +14,13 @@ import argparse
 import json
 import logging
 import platform
-import re
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import in_lines
 from torch import Tensor
 
 import unified_edit as ue
@@ -147,12 +147,6 @@ def main() -> None:
         known.append(measure(model, tokenizer, records, name, statistics))
         known[-1]["minutes"] = round((time.process_time() - began) / 60, 1)
         out.write_text(in_lines(result), encoding="utf-8")
-
-
-def in_lines(result: dict[str, Any]) -> str:
-    """JSON with the numbers of a list in one line."""
-    text = json.dumps(result, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 if __name__ == "__main__":

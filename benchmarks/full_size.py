@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_files import in_lines
 from torch import Tensor
 
 import unified_edit as ue
@@ -187,7 +188,7 @@ def main() -> None:
             process.join()
             log.info("%s: %s", part, result[part])
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.out.write_text(in_lines(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

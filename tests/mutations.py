@@ -267,7 +267,7 @@ FAULTS = (
     Fault("half a line stays in a file that is gone on with", "measuring/answer_lines.py",
           "handle.truncate(_whole(path))", "pass", STREAMED),
     Fault("a file of something else is gone on with", "measuring/answer_lines.py",
-          "if theirs.get(name) != ours.get(name)]", "if name not in theirs]", STREAMED),
+          "if theirs.get(name) != ours.get(name)", "if name not in theirs", STREAMED),
     Fault("only what is missing is asked again", "measuring/answering.py",
           "for place, (number, _) in enumerate(given)\n",
           "for place, (number, _) in enumerate(given) if not self.lines.has(number, when)\n",

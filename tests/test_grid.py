@@ -18,6 +18,7 @@ from fixtures_refusals import TOWER, VIENNA
 from fixtures_tiny import assert_unchanged, snapshot
 from matplotlib import pyplot as plt
 from test_cli import place, run  # noqa: F401
+from test_streamed import interrupt
 
 import unified_edit as ue
 from unified_edit.command_line import cli, commands
@@ -28,13 +29,11 @@ from unified_edit.measuring import (
     evaluate_edits,
     grid_figures,
     grid_runs,
-    questions,
     read_grid,
     sweep_in_processes,
 )
 from unified_edit.measuring.grid import Cell, Grid, cells_of
 from unified_edit.measuring.grid_files import ANSWERS, EDITS, CellFiles
-from unified_edit.model import likelihoods
 
 QUICK = ue.EMMET.replace(
     layers=(0,), steps=3, weight_decay=0.0,
@@ -60,19 +59,6 @@ def sweep(tiny, tiny_tokenizer, tiny_statistics, tmp_path):
         return ue.sweep(tiny, tiny_tokenizer, records, grid, **settings)
 
     return made
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Ctrl-C while the questions are put for the time number `after` + 1."""
-    calls = []
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        calls.append(None)
-        if len(calls) > after:
-            raise KeyboardInterrupt
-        return likelihoods(*args, **kwargs)
-
-    monkeypatch.setattr(questions, "likelihoods", failing)
 
 
 # --- grid and cells ---------------------------------------------------------------------------

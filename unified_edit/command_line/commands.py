@@ -60,7 +60,7 @@ def run_ask(args: Namespace) -> Result:
     if not prompts:
         args.parser.error("give at least one prompt")
     edits = _edits(args)
-    model, tokenizer = _model(args)
+    model, tokenizer = model_of(args)
     for one in edits:
         one.apply(model)
     table = ask(model, tokenizer, prompts, k=args.k).drop(columns="prompt")
@@ -80,11 +80,11 @@ def run_edit(args: Namespace) -> Result:
     check_place(args.out, args.force)
     if args.peft is not None:
         check_place(args.peft, folder=True)
-    statistics, preserve = _statistics(args), _preserve(args)
-    model, tokenizer = _model(args)
+    statistics, preserve = statistics_of(args), _preserve(args)
+    model, tokenizer = model_of(args)
     made = edit(
         model, tokenizer, facts, method, statistics=statistics, seed=seed, preserve=preserve,
-        **_ways(args),
+        **ways_of(args),
     )  # fmt: skip
     made.save(args.out)
     if args.peft is not None:
@@ -113,7 +113,7 @@ def run_edit(args: Namespace) -> Result:
     )
     if preserve is not None:
         text += f"\n\npreserved by name:\n{format_table(made.preserved)}"
-    return Result(document, text + _wrote(args.out, args.peft))
+    return Result(document, text + wrote(args.out, args.peft))
 
 
 def run_evaluate(args: Namespace) -> Result:
@@ -131,15 +131,15 @@ def run_evaluate(args: Namespace) -> Result:
     if args.to is not None:
         check_place(args.to, force=True)  # what is there is gone on with
     method = None if args.method is None else _method(args)
-    statistics, edits = _statistics(args), _edits(args)
+    statistics, edits = statistics_of(args), _edits(args)
     records = load_records(args.records, limit=args.limit, seed=args.seed)
-    model, tokenizer = _model(args)
+    model, tokenizer = model_of(args)
     seed, size = args.seed or 0, args.batch_size or 1
     if method is not None:
         method = method.resolve(model)
         report = evaluate_edits(
             model, tokenizer, records, method, batch_size=size, statistics=statistics, seed=seed,
-            to=args.to, known_only=args.known_only, **_ways(args),
+            to=args.to, known_only=args.known_only, **ways_of(args),
         )  # fmt: skip
     else:
         written = {(fact.text, fact.target_new) for one in edits for fact in one.facts}
@@ -165,7 +165,7 @@ def run_evaluate(args: Namespace) -> Result:
         write_text(args.table, report.table.to_csv(index=False, lineterminator="\n"))
     if args.out is not None:
         write_text(args.out, to_json(document) + "\n")
-    return Result(document, repr(report) + _wrote(*places))
+    return Result(document, repr(report) + wrote(*places))
 
 
 def run_statistics(args: Namespace) -> Result:
@@ -174,7 +174,7 @@ def run_statistics(args: Namespace) -> Result:
         args.parser.error("--split is of use with --texts only")
     check_place(args.out, args.force)
     check_texts(args.texts or [])
-    model, tokenizer = _model(args)
+    model, tokenizer = model_of(args)
     parts, tokens = anatomy(model), args.tokens
     if args.texts:
         texts = read_texts(args.texts, args.split)
@@ -202,15 +202,15 @@ def run_statistics(args: Namespace) -> Result:
         f"C0 from {source['tokens']} tokens of {source['texts']} texts{shrunk}\n"
         f"{format_table(pd.DataFrame(layers))}"
     )
-    return Result(document, text + _wrote(args.out))
+    return Result(document, text + wrote(args.out))
 
 
 def run_suggest(args: Namespace) -> Result:
     """Layers and clamp for a method, by a sweep."""
     layers, args.layers = args.layers, None  # to try, not of the method
-    method, statistics = _method(args), _statistics(args)
+    method, statistics = _method(args), statistics_of(args)
     records = load_records(args.records)
-    model, tokenizer = _model(args)
+    model, tokenizer = model_of(args)
     found = suggest_layers(
         model, tokenizer, records, method=method, layers=layers, clamps=args.clamps or CLAMPS,
         count=args.count, statistics=statistics, budget_s=args.budget, to=args.to, seed=args.seed,
@@ -228,7 +228,7 @@ def run_suggest(args: Namespace) -> Result:
     text = (
         f"{found!r}\n{format_table(found.table.drop(columns=['GS', 'problem'], errors='ignore'))}"
     )
-    return Result(document, text + _wrote(args.to))
+    return Result(document, text + wrote(args.to))
 
 
 #: Name of a command -> what runs it.
@@ -244,11 +244,12 @@ COMMANDS = {
 # -- what the commands are given, and what they say ---------------------------------------------
 
 
-def _model(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
-    return load_model(**_loading(args))
+def model_of(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
+    """The model that is named, opened."""
+    return load_model(**loading_of(args))
 
 
-def _loading(args: Namespace) -> dict[str, Any]:
+def loading_of(args: Namespace) -> dict[str, Any]:
     """What `load_model` is told."""
     try:  # nobody waits for a large model to be told of a device that is not there
         torch.ones(1, device=args.device).item()
@@ -288,11 +289,13 @@ def _preserve(args: Namespace) -> Preserve | None:
     return Preserve(tuple(named), "exact" if weight is None else weight) if named else None
 
 
-def _ways(args: Namespace) -> dict[str, Any]:
+def ways_of(args: Namespace) -> dict[str, Any]:
+    """What is to be done with facts that meet, where it was said."""
     return {name: value for name in _WAYS if (value := getattr(args, name)) is not None}
 
 
-def _statistics(args: Namespace) -> KeyStatistics | None:
+def statistics_of(args: Namespace) -> KeyStatistics | None:
+    """C0 of the file that is named; None where none is."""
     return None if args.statistics is None else KeyStatistics.load(args.statistics)
 
 
@@ -311,6 +314,7 @@ def _about(args: Namespace, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _wrote(*paths: object) -> str:
+def wrote(*paths: object) -> str:
+    """Which files were written, for people."""
     lines = "".join(f"\nwrote {path}" for path in paths if path is not None)
     return lines and f"\n{lines}"

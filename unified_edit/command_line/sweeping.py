@@ -25,7 +25,8 @@ _OF_GRID = ("methods", "batch_sizes", "ridges", "layers", "seeds")
 
 def run_sweep(args: Namespace) -> Result:
     """A grid, cell by cell."""
-    cells = cells_of(_grids(args))
+    grids = _grids(args)
+    cells = cells_of(grids)
     for cell in cells:
         if args.limit is not None and cell.batch_size > args.limit:
             raise MethodError(
@@ -35,18 +36,17 @@ def run_sweep(args: Namespace) -> Result:
     if args.dry_run:
         return _listed(args, cells)
     records = load_records(args.records, limit=args.limit, seed=args.sample)
-    given: dict[str, Any] = {"known_only": args.known_only, **commands._ways(args)}
-    grids = _grids(args)
+    given: dict[str, Any] = {"known_only": args.known_only, **commands.ways_of(args)}
     if args.processes > 1:
         found = sweep_in_processes(
-            commands._loading(args), records, grids, to=args.to, processes=args.processes,
+            commands.loading_of(args), records, grids, to=args.to, processes=args.processes,
             threads=args.threads, statistics=args.statistics, **given,
         )  # fmt: skip
     else:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        statistics = commands._statistics(args)
-        model, tokenizer = commands._model(args)
+        statistics = commands.statistics_of(args)
+        model, tokenizer = commands.model_of(args)
         found = sweep(model, tokenizer, records, grids, to=args.to, statistics=statistics, **given)
     return _found(args, found)
 
@@ -111,7 +111,7 @@ def _found(args: Namespace, found: Sweep) -> Result:
     lines += [f"{name} failed: {problem}" for name, problem in problems.items()]
     if missing:
         lines.append(f"not done, for another process has or had them: {', '.join(missing)}")
-    text = "\n\n".join(lines) + commands._wrote(found.folder / "table.csv")
+    text = "\n\n".join(lines) + commands.wrote(found.folder / "table.csv")
     document = {
         **_about(args),
         "cells": table.to_dict("records"),

@@ -191,7 +191,7 @@ def named_of(
                 read.append((number, place))
             columns.append(seen[what])
         of_prompts.append(tuple(columns))
-    one, many, asked = iter(range(len(facts))), iter(of_prompts), []
+    one, many = iter(range(len(facts))), iter(of_prompts)
     columns_of = tuple(
         (next(one),) if isinstance(item, Fact) else next(many) for item in given.items
     )

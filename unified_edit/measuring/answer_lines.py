@@ -84,14 +84,8 @@ class AnswerLines:
 
     def _check(self, header: Line) -> None:
         """Raise ReportFileError unless the file's answers are those that are asked for."""
-        theirs, ours = header["made_from"], self.header["made_from"]
-        names = dict.fromkeys([*ours, *theirs])
-        other = [name for name in names if theirs.get(name) != ours.get(name)]
-        if other:
-            told = "; ".join(
-                f"{name}: {brief(theirs.get(name))} there, {brief(ours.get(name))} here"
-                for name in other
-            )
+        told = differences(self.header["made_from"], header["made_from"])
+        if told:
             raise ReportFileError(
                 f"{self.path} holds answers that were made from something else ({told}). Give "
                 "another file, or delete this one"
@@ -155,7 +149,7 @@ class AnswerLines:
             self._lines.append(line)
             return
         with _system(self.path):
-            self._file.write(json.dumps(_plain(line), allow_nan=False).encode() + b"\n")
+            self._file.write(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
             self._file.flush()
 
     def lines(self) -> Iterator[Line]:
@@ -243,12 +237,22 @@ def _whole(path: Path) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What two things were made from that is not the same, name by name; empty if all is."""
+    names = dict.fromkeys([*ours, *theirs])
+    return "; ".join(
+        f"{name}: {brief(theirs.get(name))} there, {brief(ours.get(name))} here"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    )
+
+
+def plain(value: Any) -> Any:
     """JSON without NaN and infinities: null, and their names."""
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     # pandas.NA, without importing pandas for it

@@ -22,7 +22,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from unified_edit.editing.edits import Edit
-from unified_edit.errors import ReportFileError, brief
+from unified_edit.errors import ReportFileError
+from unified_edit.measuring.answer_lines import differences, plain
 from unified_edit.measuring.report import Report
 from unified_edit.measuring.scores import Score
 from unified_edit.model.tensor_files import written_whole
@@ -128,14 +129,8 @@ def read_cells(folder: Path) -> dict[str, dict[str, Any]]:
 
 def check_same(path: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Raise ReportFileError unless a file was made from the same things."""
-    wanted = plain(ours)
-    names = dict.fromkeys([*wanted, *theirs])
-    other = [name for name in names if theirs.get(name) != wanted.get(name)]
-    if other:
-        told = "; ".join(
-            f"{name}: {brief(theirs.get(name))} there, {brief(wanted.get(name))} here"
-            for name in other
-        )
+    told = differences(plain(ours), theirs)
+    if told:
         raise ReportFileError(
             f"{path} was made from something else ({told}). Give another folder, or delete "
             f"{path.parent}"
@@ -185,17 +180,6 @@ class EditLines:
 def found_in(report: Report, lines: EditLines) -> dict[str, Any]:
     """What is kept of a finished cell."""
     return {**report.to_dict(), "edits": len(lines.by_id), **lines.means()}
-
-
-def plain(value: Any) -> Any:
-    """JSON without NaN and infinities: null, and their names."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
 
 
 def number(value: Any) -> float:

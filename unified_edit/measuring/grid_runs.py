@@ -21,7 +21,7 @@ from unified_edit.arguments import as_list, as_path, is_flag
 from unified_edit.editing.methods import Method
 from unified_edit.errors import MethodError, ReportFileError, brief
 from unified_edit.facts import Conflict, Record, SharedSubject, check_ways
-from unified_edit.measuring.answer_lines import digest_of
+from unified_edit.measuring.answer_lines import digest_of, plain
 from unified_edit.measuring.evaluation import evaluate_edits
 from unified_edit.measuring.grid import Cell, Grid, cells_of
 from unified_edit.measuring.grid_files import (
@@ -36,7 +36,6 @@ from unified_edit.measuring.grid_files import (
     check_same,
     found_in,
     number,
-    plain,
     read_cells,
     score,
 )

@@ -288,14 +288,8 @@ def read_tokens(
     Raises ModelError for a module that does not give a vector for each token of each row.
     """
     found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
-    for chosen in of_one_length(rows):
-        inputs = left_padded([rows[index] for index in chosen], model.device)
-        with captured(sites) as seen:
-            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
-        for name, (module, side) in sites.items():
-            value = per_token(model, seen.get(name), inputs["input_ids"].shape, module, side)
-            for position, index in enumerate(chosen):
-                found[name][index] = value[position, places[index]].clone()
+    for name, index, value in _row_by_row(model, rows, sites):
+        found[name][index] = value[places[index]].clone()
     return {name: torch.stack([at[i] for i in range(len(rows))]) for name, at in found.items()}
 
 
@@ -311,11 +305,21 @@ def read_every_token(
     for each token of each row.
     """
     found: dict[Name, dict[int, Tensor]] = {name: {} for name in sites}
+    for name, index, value in _row_by_row(model, rows, sites):
+        found[name][index] = value.clone()
+    return {name: [at[i] for i in range(len(rows))] for name, at in found.items()}
+
+
+def _row_by_row(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    sites: Mapping[Name, tuple[nn.Module, str]],
+) -> Iterator[tuple[Name, int, Tensor]]:
+    """Site, number of the row, and what stands at its tokens (tokens x width), run unpadded."""
     for chosen in of_one_length(rows):
         inputs = left_padded([rows[index] for index in chosen], model.device)
         with captured(sites) as seen:
             model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
         for name, (module, side) in sites.items():
             value = per_token(model, seen.get(name), inputs["input_ids"].shape, module, side)
-            found[name] |= {index: value[place].clone() for place, index in enumerate(chosen)}
-    return {name: [at[i] for i in range(len(rows))] for name, at in found.items()}
+            yield from ((name, index, value[place]) for place, index in enumerate(chosen))

@@ -258,8 +258,9 @@ def _is_large(left: Tensor, right: Tensor) -> bool:
 def _rounds_little(R: Tensor, *factors: Tensor) -> bool:
     """Whether an accurate product of the factors, R, would take long, and would not be needed.
 
-    The rounding of an ordinary one is at most some units in the last place of the product of their
-    absolute values, and rarely as much as one.
+    It is looked at what one unit in the last place is of the product of their absolute values. The
+    rounding of an ordinary product may be as many units as there are terms; but roundings cancel,
+    and a hundredth of a unit was measured for a thousand terms.
     """
     left, right = factors[0], factors[1]
     if left.shape[0] * left.shape[1] * right.shape[1] <= _MANY_TERMS:
