@@ -1,15 +1,19 @@
 """The equality at full size: E facts at GPT-J's and GPT-2 XL's widths, and how well it holds.
 
-    python benchmarks/full_size.py spectrum xl gptj --out book/data/full_size_solve.json
+    python benchmarks/full_size.py spectrum xl gptj subjects --tokenizer DIR --corpus FILE \
+        --records counterfact.json --out book/data/full_size_solve.json
 
     spectrum   eigenvalues of atlas's C0 (layer 1), the real spectrum that the next two borrow
     xl         d_k = 6,400, d_out = 1,600: keys of that spectrum, E = 100 ... 6,400
     gptj       d_k = 16,384, d_out = 4,096: keys of that spectrum, E = 10,000 in one solution
+    subjects   the distinct subjects of CounterFact's 10,000 records, read by a GPT-J of full width
+               with random weights and two blocks (its second MLP is the first that sees context):
+               keys and C0 are what the library reads, E is as many as there are subjects
 
-Keys are drawn as C0^(1/2) times normal ones, so that they have C0's second moment. Metric, solve
-and check are timed apart; the peak of memory is the process's. Each part runs in a process of its
-own and what the file has already is kept. C0 is given away to the metric, which factors it in
-place.
+Keys of the first two are drawn as C0^(1/2) times normal ones, so that they have C0's second moment.
+Metric, solve and check are timed apart; the peak of memory is the process's. Each part runs in a
+process of its own and what the file has already is kept. C0 is given away to the metric, which
+factors it in place.
 """
 
 from __future__ import annotations
@@ -28,14 +32,18 @@ from typing import Any
 import torch
 from result_files import in_lines
 from torch import Tensor
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerFast
 
 import unified_edit as ue
+from unified_edit.editing import compute_keys
+from unified_edit.model import anatomy
 from unified_edit.objective import Metric, solve
 from unified_edit.statistics import statistics_for
 
 log = logging.getLogger("full_size")
 
-PARTS = ("spectrum", "xl", "gptj")
+PARTS = ("spectrum", "xl", "gptj", "subjects")
+FILES = ("tokenizer", "corpus", "records")
 XL_SIZES = (100, 400, 1600, 3200, 4800, 6000, 6400)
 
 
@@ -147,17 +155,51 @@ def gptj(values: list[float]) -> dict[str, Any]:
     return {"d_k": 16_384, "d_out": 4096} | solved(held, K, 4096, seed=0)
 
 
-def answer(part: str, values: list[float], queue: Any) -> None:
+def subjects(values: list[float], tokenizer: Path, corpus: Path, records: Path) -> dict[str, Any]:
+    """GPT-J's width: real subjects in one solution, read by random weights."""
+    torch.manual_seed(0)
+    model = GPTJForCausalLM(GPTJConfig(n_layer=2)).eval()
+    reader = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    facts = {one.fact.subject: one.fact for one in reversed(ue.load_records(records))}
+    began = time.perf_counter()
+    lines = corpus.read_text(encoding="utf-8").splitlines()
+    made = ue.KeyStatistics.collect(
+        model, reader, [line for line in lines if len(line) > 200], [1], tokens=2 * 16_384
+    )
+    counted = time.perf_counter()
+    [K] = compute_keys(anatomy(model), reader, list(facts.values()), [""], [1], "bare").values()
+    read = time.perf_counter()
+    about = {
+        "d_k": 16_384,
+        "d_out": 4096,
+        "tokens of C0": made.source.tokens,
+        "different keys": len({column.numpy().tobytes() for column in K.T}),
+        "seconds of C0": round(counted - began, 1),
+        "seconds of the keys": round(read - counted, 1),
+    }
+    held = [made.C0(1)]
+    del model, made
+    return about | solved(held, K, 4096, seed=0)
+
+
+def answer(part: str, values: list[float], files: tuple[Path, ...], queue: Any) -> None:
     """One part, in a process of its own, so that its peak of memory is its own."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.perf_counter()
-    found = {"xl": xl, "gptj": gptj}[part](values)
+    if part == "subjects":
+        found: Any = subjects(values, *files)
+    else:
+        found = {"xl": xl, "gptj": gptj}[part](values)
     queue.put({"minutes": round((time.perf_counter() - began) / 60, 1), "found": found})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="+", choices=PARTS)
+    for name in FILES:
+        parser.add_argument(f"--{name}", type=Path, help="for subjects")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -165,8 +207,8 @@ def main() -> None:
     if arguments.out.exists():
         result = json.loads(arguments.out.read_text(encoding="utf-8"))
     result |= {
-        "command": f"python benchmarks/full_size.py {' '.join(PARTS)} --out "
-        + arguments.out.as_posix(),
+        "command": f"python benchmarks/full_size.py {' '.join(PARTS)} --tokenizer DIR "
+        "--corpus FILE --records counterfact.json --out " + arguments.out.as_posix(),
         "versions": {
             "python": platform.python_version(),
             **{one: version(one) for one in ("unified_edit", "torch")},
@@ -177,11 +219,14 @@ def main() -> None:
     if "spectrum" in arguments.parts and "spectrum" not in result:
         result["spectrum"] = spectrum()
     context = multiprocessing.get_context("spawn")
-    for part in ("xl", "gptj"):
+    files = tuple(getattr(arguments, name) for name in FILES)
+    if "subjects" in arguments.parts and not all(files):
+        parser.error("subjects needs --tokenizer, --corpus and --records")
+    for part in PARTS[1:]:
         if part in arguments.parts and part not in result:
             queue = context.Queue()
             process = context.Process(
-                target=answer, args=(part, result["spectrum"]["values"], queue)
+                target=answer, args=(part, result["spectrum"]["values"], files, queue)
             )
             process.start()
             result[part] = queue.get()

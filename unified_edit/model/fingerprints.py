@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ _INERT = re.compile(
     r"|chunk_size_feed_forward|is_encoder_decoder|finetuning_task|gradient_checkpointing"
     r"|generation_config|quantization_config|dequantised_from)"
 )
+
+
+#: Tensors that are hashed beside one another; each may be copied from a device first.
+HASHES_AT_ONCE = 4
 
 
 def _raw(tensor: Tensor) -> memoryview:
@@ -77,14 +82,23 @@ def model_fingerprint(model: PreTrainedModel, instead: Mapping[str, Tensor] | No
     """
     config = _configuration(model.config.to_dict())
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in _tensors(model, instead or {}):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ModelError(
-                f"{name} has {count} NaN or infinite entries; the model is damaged: load it again"
-            )
-        digest.update(f"{name} {tensor_hash(tensor)}".encode())
+    named = list(_tensors(model, instead or {}))
+    # copies from a device and hashes leave the interpreter to others
+    with ThreadPoolExecutor(HASHES_AT_ONCE) as pool:
+        each = pool.map(lambda item: _finite_hash(*item), named)
+        for (name, _), one in zip(named, each, strict=True):
+            digest.update(f"{name} {one}".encode())
     return digest.hexdigest()
+
+
+def _finite_hash(name: str, tensor: Tensor) -> str:
+    """`tensor_hash`; ModelError where an entry is not finite."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(
+            f"{name} has {count} NaN or infinite entries; the model is damaged: load it again"
+        )
+    return tensor_hash(tensor)
 
 
 def glance_at(tensor: Tensor) -> tuple[object, ...]:
