@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,14 +33,15 @@ def check_facts(
         raise ObjectiveError(f"nothing to solve: K is {d_in} x {E} and R is {R.shape[0]} x {E}")
     if names is not None and len(names) != E:
         raise ObjectiveError(f"{len(names)} names were given for {E} facts")
-    for name, matrix in (("K", K), ("R", R)):
-        bad = (~torch.isfinite(matrix)).any(dim=0).nonzero()
+    largest = [torch.linalg.vector_norm(matrix, ord=math.inf, dim=0) for matrix in (K, R)]
+    for name, sizes in zip("KR", largest, strict=True):
+        bad = (~torch.isfinite(sizes)).nonzero()
         if len(bad):
             raise ObjectiveError(
                 f"{name} has entries that are not finite in {len(bad)} of {E} columns, first in "
                 f"that of {fact_label(int(bad[0]), names)}: check the model for NaN weights"
             )
-    zero = (K == 0).all(dim=0).nonzero()
+    zero = (largest[0] == 0).nonzero()
     if len(zero):
         raise ObjectiveError(
             f"the key of {fact_label(int(zero[0]), names)} is zero: no update changes its value"
