@@ -111,7 +111,7 @@ def relative(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def beside_others(p: Problem, rounds: int) -> list[dict[str, Any]]:
+def beside_others(p: Problem, rounds: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """The four rows: MEMIT and EMMET, with the factor of C0 at hand and without."""
     metric = Metric(p.C0)
     factor = metric.factor
@@ -121,7 +121,8 @@ def beside_others(p: Problem, rounds: int) -> list[dict[str, Any]]:
         "EMMET": (0.0, emmet_as_released, partial(bare_ridge, lam=0.0)),
     }
     found = []
-    for name, (ridge, theirs, bare) in forms.items():
+    for name in names:
+        ridge, theirs, bare = forms[name]
         jobs = {
             "theirs": partial(theirs, p),
             "without": partial(ours, p, None, ridge),
@@ -141,7 +142,9 @@ def beside_others(p: Problem, rounds: int) -> list[dict[str, Any]]:
         found.append(row(f"{name}, no factor", taken["without"], taken["theirs"], both, **more))
         if "floor with QR" in taken:
             more["floor_ratio_with_qr"] = _ratio(taken["with"], taken["floor with QR"])
-        with_factor = row(f"{name}, with the factor", taken["with"], taken["theirs"], taken["floor"])
+        with_factor = row(
+            f"{name}, with the factor", taken["with"], taken["theirs"], taken["floor"]
+        )
         found.append(with_factor | more)
         for one in found[-2:]:
             log.info("%s", json.dumps({k: v for k, v in one.items() if k != "rounds"}))
@@ -166,9 +169,7 @@ def against_E(d: int, d_out: int, numbers: Sequence[int]) -> list[dict[str, Any]
             rounds = 1 if E > 300 else 3
             taken = interleaved(jobs, rounds, cpu_seconds)
             more = {"d": d, "E": E, "d_out": d_out, "clock": "CPU seconds"}
-            found.append(
-                row(f"{name}, {E} facts", taken["ours"], floor=taken["floor"], **more)
-            )
+            found.append(row(f"{name}, {E} facts", taken["ours"], floor=taken["floor"], **more))
             log.info("%s", json.dumps({k: v for k, v in found[-1].items() if k != "rounds"}))
     return found
 
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--d-out", type=int, default=1600)
     parser.add_argument("--facts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--forms", nargs="*", default=["MEMIT", "EMMET"])
     parser.add_argument("--against-E", type=int, nargs="*", default=[])
     parser.add_argument("--card", action="store_true", help="d_k = 16,384 on a GPU")
     parser.add_argument("--into", type=Path, default=RESULTS)
@@ -226,7 +228,7 @@ def main() -> None:
     elif args.against_E:
         rows = against_E(args.d, args.d_out, args.against_E)
     else:
-        rows = beside_others(Problem(args.d, args.facts, args.d_out), args.rounds)
+        rows = beside_others(Problem(args.d, args.facts, args.d_out), args.rounds, args.forms)
     if args.into.exists():  # rows of the same name are measured anew, the others stay
         names = {one["name"] for one in rows}
         kept = json.loads(args.into.read_text("utf-8"))["rows"]

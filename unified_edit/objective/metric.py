@@ -12,13 +12,19 @@ from torch.linalg import solve_triangular
 
 from unified_edit.arguments import real_number
 from unified_edit.errors import NotPositiveDefiniteError, NullSpaceError, ObjectiveError
+from unified_edit.objective.factoring import (
+    alive_rows,
+    blocks,
+    cholesky,
+    extent,
+    is_singular,
+    principal,
+    symmetrise,
+    unit_diagonal,
+)
 from unified_edit.objective.inputs import as_float64
 
 _SYMMETRY = 1e-6  # relative; C0 summed in float32 is symmetric to about this
-
-_BLOCK = 1024  # rows at a time: C0 of GPT-J takes 2 GiB, and so would every temporary of its size
-
-_TILE = 512  # entries are compared with those across the diagonal in squares that a cache holds
 
 _PANEL = 256  # columns of the factor, and keys, that one reflection of `plus` takes in
 
@@ -88,9 +94,9 @@ class Metric:
                 f"C0 must be a square matrix (d_in x d_in), not of shape {tuple(C0.shape)}"
             )
         own = overwrite or C0.data_ptr() != given.data_ptr()
-        largest, skew = _extent(C0)
+        largest, skew = extent(C0)
         if not math.isfinite(largest):
-            bad = sum(int((~torch.isfinite(C0[rows])).sum()) for rows in _blocks(d))
+            bad = sum(int((~torch.isfinite(C0[rows])).sum()) for rows in blocks(d))
             raise ObjectiveError(
                 f"C0 has {bad} entries that are not finite: check the model for NaN weights or "
                 "overflow, and collect the statistics again"
@@ -101,16 +107,16 @@ class Metric:
                 f"largest entry is {largest:.1e}; C0 is the mean of k k^T"
             )
         self._dim = d
-        self.alive = _alive(C0)
+        self.alive = alive_rows(C0)
         if self.alive is not None:
-            C0, own = _principal(C0, self.alive), True
+            C0, own = principal(C0, self.alive), True
         if not own:
             C0 = C0.clone(memory_format=torch.contiguous_format)
         if skew:
-            _symmetrise(C0)
-        scale, size = _unit_diagonal(C0)
-        factor, failed_at = _cholesky(C0)
-        if failed_at or _is_singular(factor, scale, size):
+            symmetrise(C0)
+        scale, size = unit_diagonal(C0)
+        factor, failed_at = cholesky(C0)
+        if failed_at or is_singular(factor, scale, size):
             raise NotPositiveDefiniteError(
                 f"C0 ({d} x {d}) is not positive definite: it was made from too few tokens, or "
                 "some direction holds no key at all. Collect the statistics over more tokens "
@@ -212,8 +218,8 @@ class Metric:
             factor[at[:, None], at] = self.factor
             K, sum_.alive = K[now], None if len(now) == self.dim else now
         sum_.factor = factor = _with_keys(factor, K)
-        if len(factor) > len(self.factor) and _is_singular(
-            factor, *_unit_diagonal(factor @ factor.mT)
+        if len(factor) > len(self.factor) and is_singular(
+            factor, *unit_diagonal(factor @ factor.mT)
         ):
             raise NotPositiveDefiniteError(
                 f"C0 + weight K K^T is not positive definite: the {K.shape[1]} keys of K reach "
@@ -260,27 +266,6 @@ def as_metric(metric: MetricProtocol | Tensor) -> MetricProtocol:
     return Metric(metric)
 
 
-def _alive(C0: Tensor) -> Tensor | None:
-    """Indices of the rows of C0 that are not zero; None where that is all or none.
-
-    A row that is zero on the diagonal alone belongs to no second moment: it counts as alive, and
-    the factorisation fails.
-    """
-    dead = C0.diagonal() == 0
-    for rows in _blocks(len(C0)):
-        if bool(dead[rows].any()):
-            dead[rows] &= ~(C0[rows] != 0).any(dim=1)
-    return None if bool(dead.all()) or not bool(dead.any()) else (~dead).nonzero().flatten()
-
-
-def _principal(matrix: Tensor, index: Tensor) -> Tensor:
-    """matrix[index][:, index], without a temporary of that size."""
-    part = matrix.new_empty(len(index), len(index))
-    for rows in _blocks(len(index)):
-        part[rows] = matrix[index[rows]][:, index]
-    return part
-
-
 def _with_keys(factor: Tensor, K: Tensor) -> Tensor:
     """The Cholesky factor of L L^T + K K^T, by Householder reflections of [L, K].
 
@@ -298,63 +283,3 @@ def _with_keys(factor: Tensor, K: Tensor) -> Tensor:
             factor[start:, at], keys[start:] = both[:, :width], both[:, width:]
     factor *= torch.where(factor.diagonal() < 0, -1.0, 1.0)
     return factor.tril_()  # what should be zero above the diagonal is so up to rounding
-
-
-def _extent(C0: Tensor) -> tuple[float, float]:
-    """The largest |entry| of C0, and of C0 - C0^T; the first is not finite if an entry is not."""
-    d, ends, skew = len(C0), [], []
-    tile = C0.new_empty(min(d, _TILE) ** 2)
-    for top in range(0, d, _TILE):
-        rows = slice(top, min(d, top + _TILE))
-        ends += [*C0[rows].aminmax()]  # NaN where there is one, without a mask of the size of C0
-        for left in range(0, top + 1, _TILE):
-            mine = C0[rows, left : min(d, left + _TILE)]
-            other = tile[: mine.numel()].view(mine.shape)
-            other.copy_(C0[left : min(d, left + _TILE), rows].mT)
-            skew += [*other.sub_(mine).aminmax()]
-    return float(torch.stack(ends).abs().max()), float(torch.stack(skew).abs().max())
-
-
-def _symmetrise(C0: Tensor) -> None:
-    """Write (C0 + C0^T) / 2 in the place of C0."""
-    for rows in _blocks(len(C0)):
-        for columns in _blocks(rows.start + 1):
-            mean = (C0[rows, columns] + C0[columns, rows].mT).div_(2)
-            C0[rows, columns], C0[columns, rows] = mean, mean.mT
-
-
-def _cholesky(C0: Tensor) -> tuple[Tensor, int]:
-    """L in the memory of the symmetric C0, and 0, or where the factorisation failed."""
-    # LAPACK goes by columns, and a symmetric matrix is its transpose: nothing is copied.
-    place = C0 if C0.stride(0) == 1 else C0.mT
-    failed_at = torch.empty((), dtype=torch.int32, device=C0.device)
-    factor: Tensor = torch.linalg.cholesky_ex(place, out=(place, failed_at))[0]
-    return factor, int(failed_at)
-
-
-def _unit_diagonal(C0: Tensor) -> tuple[Tensor, float]:
-    """The roots of C0's diagonal (d x 1), and the Frobenius norm of C0 divided by them."""
-    variances = C0.diagonal().clone()
-    squares = [C0[rows].square() @ (1 / variances) for rows in _blocks(len(C0))]
-    return variances.sqrt()[:, None], float((torch.cat(squares) / variances).sum().sqrt())
-
-
-def _is_singular(factor: Tensor, scale: Tensor, size: float) -> bool:
-    """Whether C0 with unit diagonal is singular to within the rounding of its Cholesky factor.
-
-    A singular C0 may have a factor, by the luck of rounding. Its product is then singular up to
-    the error of the factorisation, d eps ||C0||, which inverse iteration finds at once: what it
-    returns is never below the smallest eigenvalue. scale, size: of `_unit_diagonal`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(len(factor), 1, generator=generator, dtype=torch.float64)
-    vector = vector.to(factor.device)
-    for _ in range(3):
-        vector = solve_triangular(factor, scale * (vector / vector.norm()), upper=False)
-        vector = scale * solve_triangular(factor.mT, vector, upper=True)
-    smallest = 1 / float(vector.norm())
-    return not smallest > len(factor) * torch.finfo(torch.float64).eps * size
-
-
-def _blocks(d: int) -> list[slice]:
-    return [slice(start, start + _BLOCK) for start in range(0, d, _BLOCK)]

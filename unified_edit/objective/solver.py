@@ -162,8 +162,8 @@ def solve(
     size = float(R.norm()) or 1.0
     cost = made.cost if getattr(metric, "isometric", False) else metric.cost(left, right)
     if _kept_whole(left, right):
-        whole, product = _whole(K, R, left, right, form)
-        now = missed if form == "ridge" else float((product(whole, K) - R).norm())
+        whole = _whole(made)
+        now = missed if form == "ridge" else float((made.product(whole, K) - R).norm())
         # Dense, entries of Delta are rounded that cancel in Delta K. Where keys and C0 are both so
         # ill-conditioned that this would break an equality, the factors stay as they are.
         if form != "equality" or now <= EQUALITY_TOLERANCE * size:
@@ -183,12 +183,16 @@ def solve(
 
 @dataclass(frozen=True)
 class _Made:
-    """Delta = left @ right; ||Delta K - R||, and ||X||_F^2 for Delta = X T in whitened keys."""
+    """Delta = left @ right; ||Delta K - R||, and ||X||_F^2 for Delta = X T in whitened keys.
+
+    product: what multiplies factors of this size accurately enough.
+    """
 
     left: Tensor
     right: Tensor
     missed: float
     cost: float
+    product: _Product
 
 
 def _hold(
@@ -211,7 +215,7 @@ def _hold(
     reached = product(right, K)
     left = left + times_inverse(R - product(left, reached))
     missed = float((product(left, reached) - R).norm())
-    return _Made(left, right, missed, float(left.square().sum()))
+    return _Made(left, right, missed, float(left.square().sum()), product)
 
 
 def _kept_whole(left: Tensor, right: Tensor) -> bool:
@@ -221,45 +225,34 @@ def _kept_whole(left: Tensor, right: Tensor) -> bool:
     many: factors have to be multiplied to the last bit whenever they are applied.
     """
     rows, inner, columns = left.shape[0], left.shape[1], right.shape[1]
-    many = rows * inner * columns > _MANY_TERMS
-    return (2 if many else 1) * inner * (rows + columns) > rows * columns
+    return (2 if _is_many(left, right) else 1) * inner * (rows + columns) > rows * columns
 
 
-def _whole(
-    K: Tensor, R: Tensor, left: Tensor, right: Tensor, form: Form
-) -> tuple[Tensor, _Product]:
-    """Delta, and the product that its violation is to be measured with.
-
-    A ridge's violation is far above rounding, so that an ordinary product does for many terms.
-    """
-    if is_identity(left) or is_identity(right):
-        whole = right if is_identity(left) else left
-        return whole, torch.matmul
-    terms = left.shape[0] * left.shape[1] * right.shape[1]
-    if form == "ridge" and terms > _MANY_TERMS:
-        return left @ right, torch.matmul
-    whole = _product_for(R, left, right, K)(left, right)
-    return whole, _product_for(R, whole, K)
+def _whole(made: _Made) -> Tensor:
+    """Delta."""
+    if is_identity(made.left):
+        return made.right
+    return made.left if is_identity(made.right) else made.product(made.left, made.right)
 
 
-def _product_for(R: Tensor, *factors: Tensor) -> _Product:
-    """The product that is accurate enough for factors of R: an ordinary one, or `matmul`.
+def _is_many(left: Tensor, right: Tensor) -> bool:
+    return left.shape[0] * left.shape[1] * right.shape[1] > _MANY_TERMS
+
+
+def _product_for(R: Tensor, left: Tensor, right: Tensor, K: Tensor) -> _Product:
+    """The product that is accurate enough to hold left @ right @ K = R.
 
     An accurate one would take long where there are many terms, and would not be needed where one
-    unit in the last place of the product of their absolute values, M, is little. The rounding of
-    an ordinary product may be as many units as there are terms; but roundings cancel, and a
-    hundredth of a unit was measured for a thousand terms. ||M||_F is taken from the sums of its
-    rows and columns, as if it were of rank one, which products of positive matrices nearly are.
+    unit in the last place of |left| |right| |K| is little. The rounding of an ordinary product may
+    be as many units as there are terms; but roundings cancel, and a hundredth of a unit was
+    measured for a thousand terms. The norm is taken from the sums of the rows and of the columns,
+    as if the matrix were of rank one, which products of positive ones nearly are.
     """
-    if factors[0].shape[0] * factors[0].shape[1] * factors[1].shape[1] <= _MANY_TERMS:
+    if not _is_many(left, right):
         return matmul
-    rows = factors[-1].new_ones(factors[-1].shape[1])
-    columns = factors[0].new_ones(factors[0].shape[0])
-    sizes = [one.abs() for one in factors]
-    for one in reversed(sizes):
-        rows = one @ rows
-    for one in sizes:
-        columns = columns @ one
+    first, second, third = left.abs(), right.abs(), K.abs()
+    rows = first @ (second @ third.sum(dim=1))
+    columns = (first.sum(dim=0) @ second) @ third
     unit = _EPS * rows.norm() * columns.norm() / rows.sum()
     return torch.matmul if bool(unit <= _ROUNDING * R.norm()) else matmul
 
@@ -267,8 +260,12 @@ def _product_for(R: Tensor, *factors: Tensor) -> _Product:
 def _ridge(
     metric: MetricProtocol, K: Tensor, A: Tensor, R: Tensor, lam: float, seen: Spectrum
 ) -> _Made:
-    """The least-squares solution with weight `lam` > 0."""
+    """The least-squares solution with weight `lam` > 0.
+
+    What it misses is far above rounding: ordinary products do where there are many terms.
+    """
     (n, E), d_out = A.shape, R.shape[0]
+    product: _Product = torch.matmul if _is_many(R, A.mT) else matmul
     if seen.largest**2 + lam > _CHOLESKY_LIMIT * (seen.smallest**2 + lam):
         # The filter s / (s^2 + lam), without squaring A. A singular value that is rounding would
         # be passed on as 1/s by a lam that is smaller still: it is left out. That of the direction
@@ -281,7 +278,7 @@ def _ridge(
         s, V = s[keep], Vh[keep].mT
         left, right = (R @ V) * (s / (s.square() + lam)), right[keep]
         missed = float((left @ (right @ K) - R).norm())
-        return _Made(left, right, missed, float(left.square().sum()))
+        return _Made(left, right, missed, float(left.square().sum()), product)
     if n >= E:
         gram = A.mT @ A if seen.gram is None else seen.gram
         factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
@@ -289,17 +286,17 @@ def _ridge(
         reached = left @ gram  # Delta K, as K^T C0^-1 K is the Gram matrix
         missed, cost = float((reached - R).norm()), float((reached * left).sum())
         if d_out >= E:
-            return _Made(left, metric.unwhiten(A.mT), missed, cost)
+            return _Made(left, metric.unwhiten(A.mT), missed, cost, product)
         X = left @ A.mT
-        return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost)
+        return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost, product)
     gram = A @ A.mT if seen.gram is None else seen.gram
     factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
     X = torch.cholesky_solve(A @ R.mT, factor).mT
     missed, cost = float((X @ A - R).norm()), float(X.square().sum())
     if n * (d_out + metric.dim) <= d_out * metric.dim:
-        return _Made(X, metric.unwhiten(_identity(n, X)), missed, cost)
+        return _Made(X, metric.unwhiten(_identity(n, X)), missed, cost, product)
     # With all of L^-1 as a factor it would be large: the product is made by triangular solution.
-    return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost)
+    return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost, product)
 
 
 def _dense(delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,9 @@ from unified_edit.statistics.weighting import WEIGHTINGS
 
 log = logging.getLogger(__name__)
 
+#: Bytes of factors that statistics keep: two at the width of GPT-J, dozens at that of GPT-2.
+FACTOR_BYTES = 4 * 2**30
+
 FORMAT = "unified_edit.key_statistics/2"
 
 
@@ -78,11 +81,16 @@ class KeyStatistics:
         return moment if isinstance(moment, Tensor) else moment()
 
     def metric(self, layer: int) -> Metric:
-        """The factored C0 of `layer`; made once and kept."""
+        """The factored C0 of `layer`; kept, as long as all together take `FACTOR_BYTES`."""
         layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
+            C0 = self.C0(layer)
+            # what was read for this alone is factored in its place
+            own = not isinstance(self.moments[layer], Tensor)
+            while self._metrics and self._factor_bytes + 8 * C0.numel() > FACTOR_BYTES:
+                self._metrics.pop(next(iter(self._metrics)))
             try:
-                self._metrics[layer] = Metric(self.C0(layer))
+                self._metrics[layer] = Metric(C0, overwrite=own)
             except NotPositiveDefiniteError as problem:
                 raise StatisticsError(
                     f"C0 of layer {layer}, from {self.source.tokens} tokens, has no Cholesky "
@@ -94,6 +102,15 @@ class KeyStatistics:
                     f"C0 of layer {layer} cannot be used: {problem}. Collect the statistics again"
                 ) from problem
         return self._metrics[layer]
+
+    def width(self, layer: int) -> int:
+        """d_k of `layer`; no factor is made for it."""
+        made = self._metrics.get(layer)
+        return len(self.C0(layer)) if made is None else made.dim
+
+    @property
+    def _factor_bytes(self) -> int:
+        return sum(metric.factor.nbytes for metric in self._metrics.values())
 
     def convergence(self, layer: int) -> float:
         """How far two halves of the text disagree on fresh keys; at most 0.1 is converged."""
@@ -312,6 +329,15 @@ class KeyStatistics:
                     "square; collect the statistics again"
                 )
         return cls(source, moments, agreement)
+
+    def filed(self, path: Path) -> KeyStatistics:
+        """The same with nothing in memory: C0 is read from `path` whenever it is asked for."""
+
+        def read(layer: int) -> Tensor:
+            return KeyStatistics.load(path).C0(layer)
+
+        moments: dict[int, Any] = {layer: partial(read, layer) for layer in self.layers}
+        return replace(self, moments=moments, _metrics={})
 
     def factored(self, path: Path | None = None) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""
