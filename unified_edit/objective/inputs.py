@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from unified_edit.errors import ObjectiveError
+
+log = logging.getLogger(__name__)
 
 
 def check_facts(
@@ -67,10 +71,27 @@ def as_float64(
     if not matrix.is_floating_point() or (allowed and matrix.dtype not in allowed):
         wanted = " or ".join(str(dtype) for dtype in allowed) or "a floating-point type"
         raise ObjectiveError(f"{name} must be of {wanted}, not {matrix.dtype}")
-    if device is None:
-        device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+    device = float64_device(matrix.device if device is None else device)
     # One step after the other: the device it comes from may have no float64.
     return matrix.detach().to(device).to(torch.float64)
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device itself; the CPU where it has no float64 (MPS), which is said once, or no memory.
+
+    (The latter is "meta", where weights stand that are loaded when they are used.)
+    """
+    device = torch.device(device)
+    if device.type not in ("mps", "meta"):
+        return device
+    if device.type == "mps":
+        _say_no_float64(device.type)
+    return torch.device("cpu")
+
+
+@cache
+def _say_no_float64(kind: str) -> None:
+    log.warning("%s has no float64: updates are solved for on the CPU", kind.upper())
 
 
 def fact_label(index: int, names: Sequence[str] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from copy import copy
 from typing import Protocol, runtime_checkable
@@ -22,7 +23,9 @@ from unified_edit.objective.factoring import (
     symmetrise,
     unit_diagonal,
 )
-from unified_edit.objective.inputs import as_float64
+from unified_edit.objective.inputs import as_float64, float64_device
+
+log = logging.getLogger(__name__)
 
 _SYMMETRY = 1e-6  # relative; C0 summed in float32 is symmetric to about this
 
@@ -128,6 +131,28 @@ class Metric:
     def identity(cls, d: int, device: torch.device | str | None = None) -> Metric:
         """The metric of C0 = I (d x d): every direction of the keys costs the same."""
         return cls(torch.eye(d, dtype=torch.float64, device=device))
+
+    @classmethod
+    def on(cls, device: torch.device | str, C0: Tensor, *, overwrite: bool = False) -> Metric:
+        """The metric of C0, factored on `device`; on C0's own where that has too little memory."""
+        where = float64_device(device)
+        if where == C0.device:
+            return cls(C0, overwrite=overwrite)
+        try:
+            return cls(C0.detach().to(where, torch.float64), overwrite=True)
+        except torch.OutOfMemoryError:
+            log.warning("%s has no room for C0 (%d x %d): on %s then", where, *C0.shape, C0.device)
+            return cls(C0, overwrite=overwrite)
+
+    def to(self, device: torch.device | str) -> Metric:
+        """The same metric on another device, where it then solves; itself if it is there."""
+        where = float64_device(device)
+        if where == self.device:
+            return self
+        alive = None if self.alive is None else self.alive.to(where)
+        moved = copy(self)
+        moved.factor, moved.alive = self.factor.to(where), alive
+        return moved
 
     @classmethod
     def from_factor(cls, factor: Tensor, alive: Tensor | None = None, dim: int = 0) -> Metric:

@@ -279,9 +279,11 @@ def _ridge(
         left, right = (R @ V) * (s / (s.square() + lam)), right[keep]
         missed = float((left @ (right @ K) - R).norm())
         return _Made(left, right, missed, float(left.square().sum()), product)
+    gram = seen.gram
+    if gram is None:
+        gram = A.mT @ A if n >= E else A @ A.mT
+    factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
     if n >= E:
-        gram = A.mT @ A if seen.gram is None else seen.gram
-        factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
         left = torch.cholesky_solve(R.mT, factor).mT
         reached = left @ gram  # Delta K, as K^T C0^-1 K is the Gram matrix
         missed, cost = float((reached - R).norm()), float((reached * left).sum())
@@ -289,8 +291,6 @@ def _ridge(
             return _Made(left, metric.unwhiten(A.mT), missed, cost, product)
         X = left @ A.mT
         return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost, product)
-    gram = A @ A.mT if seen.gram is None else seen.gram
-    factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
     X = torch.cholesky_solve(A @ R.mT, factor).mT
     missed, cost = float((X @ A - R).norm()), float(X.square().sum())
     if n * (d_out + metric.dim) <= d_out * metric.dim:

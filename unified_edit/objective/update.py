@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from unified_edit.objective.exact_product import is_identity, matmul
@@ -48,6 +49,12 @@ class Update:
     left: Tensor
     right: Tensor
     diagnosis: Diagnosis
+
+    def to(self, device: torch.device | str) -> Update:
+        """The same factors on another device."""
+        if self.left.device == self.right.device == torch.device(device):
+            return self
+        return Update(self.left.to(device), self.right.to(device), self.diagnosis)
 
     @property
     def rank(self) -> int:

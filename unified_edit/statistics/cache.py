@@ -13,10 +13,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path
@@ -51,7 +54,8 @@ def statistics_for(
     Raises StatisticsError if the default corpus cannot be had.
     """
     fingerprint, memory = ledger_of(model).fingerprint(), memory_of(model)
-    layers = anatomy(model).check_layers(layers)
+    parts = anatomy(model)
+    layers = parts.check_layers(layers)
     folder = cache_folder() / fingerprint[:20]
     found = {layer: memory.get(("C0", fingerprint, layer)) for layer in layers}
 
@@ -59,11 +63,11 @@ def statistics_for(
         path = _path(folder, layer)
         if path.exists() and 8 * one.width(layer) ** 2 * len(layers) > memory.limit:
             # too much for all layers together: C0 is read and factored where it is asked for
-            found[layer] = one.filed(path)
+            found[layer] = replace(one, moments={layer: partial(_moment, path, layer)}, _metrics={})
             return
         # what is kept is the factor; C0 is read again where it is asked for
+        one.metric(layer, parts.weight(layer).parameter.device)
         found[layer] = one.factored(path) if path.exists() else one
-        found[layer].metric(layer)
         memory.put(("C0", fingerprint, layer), found[layer], found[layer].nbytes)
 
     absent = []
@@ -81,6 +85,10 @@ def statistics_for(
 
 def _path(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer}.safetensors"
+
+
+def _moment(path: Path, layer: int) -> Tensor:
+    return KeyStatistics.load(path).C0(layer)
 
 
 def _read(

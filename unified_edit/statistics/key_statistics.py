@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from unified_edit.arguments import as_path, is_flag, real_number, whole_number
@@ -80,8 +81,11 @@ class KeyStatistics:
         moment = self.moments[layer]
         return moment if isinstance(moment, Tensor) else moment()
 
-    def metric(self, layer: int) -> Metric:
-        """The factored C0 of `layer`; kept, as long as all together take `FACTOR_BYTES`."""
+    def metric(self, layer: int, device: torch.device | str | None = None) -> Metric:
+        """The factored C0 of `layer`; kept, as long as all together take `FACTOR_BYTES`.
+
+        On `device`; where it is or C0 is if None.
+        """
         layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
             C0 = self.C0(layer)
@@ -90,7 +94,7 @@ class KeyStatistics:
             while self._metrics and self._factor_bytes + 8 * C0.numel() > FACTOR_BYTES:
                 self._metrics.pop(next(iter(self._metrics)))
             try:
-                self._metrics[layer] = Metric(C0, overwrite=own)
+                self._metrics[layer] = Metric.on(device or C0.device, C0, overwrite=own)
             except NotPositiveDefiniteError as problem:
                 raise StatisticsError(
                     f"C0 of layer {layer}, from {self.source.tokens} tokens, has no Cholesky "
@@ -101,6 +105,8 @@ class KeyStatistics:
                 raise StatisticsError(
                     f"C0 of layer {layer} cannot be used: {problem}. Collect the statistics again"
                 ) from problem
+        elif device is not None:
+            self._metrics[layer] = self._metrics[layer].to(device)
         return self._metrics[layer]
 
     def width(self, layer: int) -> int:
@@ -329,15 +335,6 @@ class KeyStatistics:
                     "square; collect the statistics again"
                 )
         return cls(source, moments, agreement)
-
-    def filed(self, path: Path) -> KeyStatistics:
-        """The same with nothing in memory: C0 is read from `path` whenever it is asked for."""
-
-        def read(layer: int) -> Tensor:
-            return KeyStatistics.load(path).C0(layer)
-
-        moments: dict[int, Any] = {layer: partial(read, layer) for layer in self.layers}
-        return replace(self, moments=moments, _metrics={})
 
     def factored(self, path: Path | None = None) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""
