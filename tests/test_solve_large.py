@@ -52,7 +52,7 @@ def test_a_rank_that_is_missing_is_seen_among_many_facts() -> None:
     assert spectrum_of(p.K, 1e-8).rank == 290
 
 
-@pytest.mark.parametrize("cond_A", [2.0, 500.0, 5e4, 1e7])
+@pytest.mark.parametrize("cond_A", [500.0, 5e4, 1e7])
 def test_equality_of_many_facts(cond_A: float) -> None:
     p = Problem(2, 400, 300, 150, cond_C0=10.0, cond_A=cond_A)
     metric = Metric(p.C0)

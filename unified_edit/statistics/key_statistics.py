@@ -89,8 +89,8 @@ class KeyStatistics:
         layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
             C0 = self.C0(layer)
-            # what was read for this alone is factored in its place
-            own = not isinstance(self.moments[layer], Tensor)
+            # what is read from a file for this alone is factored in its place
+            own = isinstance(self.moments[layer], partial)
             while self._metrics and self._factor_bytes + 8 * C0.numel() > FACTOR_BYTES:
                 self._metrics.pop(next(iter(self._metrics)))
             try:
