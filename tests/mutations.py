@@ -40,6 +40,7 @@ class Fault:
 
 OBJECTIVE = ("tests/test_objective.py",)
 METRICS = ("tests/test_metrics.py",)
+SOLVE_LARGE = ("tests/test_solve_large.py",)
 KEYS = ("tests/test_recipe.py", "-k", "test_keys and not atlas")
 BEGINNINGS = ("tests/test_tokenizers.py", "-k", "sampled or separator or from_nothing or at_a_sink")
 VALUES = ("tests/test_values.py", "-k", "test_values and not atlas")
@@ -79,6 +80,7 @@ HOOKED = ("tests/test_hook_layers.py", "-k", "sample or never_written or in_and_
 CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
     METRICS: (),
+    SOLVE_LARGE: (),
     NAMED: (),
     READ: (),
     KEYS: ("rome", "first_edit"),
@@ -112,14 +114,14 @@ CHAPTERS = {
 
 FAULTS = (
     Fault("a sign in the residual correction", "objective/solver.py",
-          "left = left + times_inverse(R - matmul(left, matmul(right, K)))",
-          "left = left - times_inverse(R - matmul(left, matmul(right, K)))", OBJECTIVE),
+          "left = left + times_inverse(R - product(left, reached))",
+          "left = left - times_inverse(R - product(left, reached))", OBJECTIVE),
     Fault("rounding of large batches is not looked at", "objective/solver.py",
-          "return _EPS * float(size.norm()) <= _ROUNDING * float(R.norm())", "return True",
-          OBJECTIVE),
+          "return torch.matmul if bool(unit <= _ROUNDING * R.norm()) else matmul",
+          "return torch.matmul", OBJECTIVE),
     Fault("ridge not added", "objective/solver.py",
-          "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, lam))",
-          "factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, 1e-9 * lam))", OBJECTIVE),
+          "torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))",
+          "torch.linalg.cholesky(_plus_diagonal(gram.clone(), 1e-9 * lam))", OBJECTIVE),
     Fault("a transpose in the metric", "objective/metric.py",
           "product: Tensor = solve_triangular(self.factor, rows, upper=False, left=False)",
           "product: Tensor = solve_triangular(self.factor.mT, rows, upper=True, left=False)",
@@ -130,7 +132,25 @@ FAULTS = (
     Fault("rounding passed on by a tiny ridge", "objective/solver.py",
           "keep = s > rounding", "keep = s > 0", OBJECTIVE),
     Fault("the rank of a batch from d_in, not from the whitened keys", "objective/feasibility.py",
-          "tall = n >= E", "tall = d_in >= E", METRICS),
+          "seen.condition if n >= E else", "seen.condition if d_in >= E else", METRICS),
+    Fault("a Gram matrix that is trusted at any condition", "objective/spectrum.py",
+          "0 < largest <= _GRAM_LIMIT * smallest", "0 < largest", SOLVE_LARGE),
+    Fault("a basis that is not orthonormal", "objective/spectrum.py",
+          "found.condition <= _BASIS_LIMIT", "found.condition > 0", SOLVE_LARGE),
+    Fault("the smallest singular value is its square", "objective/spectrum.py",
+          "float(ends[1].rsqrt())", "float(1 / ends[1])", SOLVE_LARGE),
+    Fault("a metric that leaks is taken at its word", "objective/solver.py",
+          'made.cost if getattr(metric, "isometric", False)', "made.cost if True", FORMULAS),
+    Fault("the caller's C0 is overwritten", "objective/metric.py",
+          "own = overwrite or C0.data_ptr() != given.data_ptr()", "own = True", SOLVE_LARGE),
+    Fault("only the first squares of C0 are looked at", "objective/factoring.py",
+          "for left in range(0, top + 1, _TILE):", "for left in range(top, top + 1, _TILE):",
+          SOLVE_LARGE),
+    Fault("squares across the diagonal as they stand", "objective/factoring.py",
+          "C0[rows, columns], C0[columns, rows] = mean, mean.mT",
+          "C0[rows, columns], C0[columns, rows] = mean, mean", SOLVE_LARGE),
+    Fault("factors are kept without end", "statistics/key_statistics.py",
+          "+ 8 * C0.numel() > FACTOR_BYTES:", "> 2**60:", SOLVE_LARGE),
     Fault("keys in dead coordinates go unnoticed", "objective/metric.py",
           "if K.count_nonzero() != whole.count_nonzero():", "if False:", METRICS),
     Fault("dead coordinates of an update out of order", "objective/metric.py",

@@ -173,7 +173,8 @@ def _solved_again(
                 names = edit.preserved_keys[weight.name]
                 metric = named_metric(metric, names, recorded.preserve, ridge)
             R = V - values_of(ledger, weight, K, updates_at(weight, (*others, *earlier)))
-            found[weight.name] = solve(metric, K, R, ridge=ridge, infeasible=method.infeasible)
+            update = solve(metric, K, R, ridge=ridge, infeasible=method.infeasible)
+            found[weight.name] = update.to("cpu")
         return found
 
     try:

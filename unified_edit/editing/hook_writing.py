@@ -200,7 +200,7 @@ def untouched(plan: Plan, statistics: KeyStatistics, threshold: float) -> dict[i
     return {
         weight.layer: HookLayer(
             torch.zeros(weight.d_out, weight.d_in, dtype=torch.float64),
-            statistics.metric(weight.layer),
+            statistics.metric(weight.layer, "cpu"),
             threshold,
         )
         for weight in plan.weights

@@ -162,7 +162,7 @@ def write_one(
             now = values_of(ledger, weight, keys, written)
             made.targets.setdefault(weight.name, []).append(now + asked)
         add(weight, update)
-        made.updates.setdefault(weight.name, []).append(update)
+        made.updates.setdefault(weight.name, []).append(update.to("cpu"))
         made.keys.setdefault(weight.name, []).append(keys)
 
 

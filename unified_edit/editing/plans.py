@@ -151,7 +151,7 @@ def check_statistics(
         )
     statistics.check_model(ledger.fingerprint(), ledger.parts.name)
     for weight in weights:
-        dim = statistics.metric(weight.layer).dim
+        dim = statistics.width(weight.layer)
         if dim != weight.d_in:
             raise StatisticsError(
                 f"C0 of layer {weight.layer} has {dim} rows, but the model's "

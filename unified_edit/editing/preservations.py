@@ -86,7 +86,9 @@ class _Preservations(dict[str, Choice]):
 #: preserved keys give. "C0" is their second moment; "null_space" lets an update act where that is
 #: nearly zero alone (AlphaEdit; `null_space` for another threshold).
 PRESERVATIONS = _Preservations(
-    C0=Choice("C0", lambda statistics, weight: statistics.metric(weight.layer)),
+    C0=Choice(
+        "C0", lambda statistics, weight: statistics.metric(weight.layer, weight.parameter.device)
+    ),
     null_space=null_space(),
 )
 

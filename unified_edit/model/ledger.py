@@ -204,7 +204,7 @@ class Ledger:
                         total = total + weight.to_stored(edit.updates[weight.name].delta)
                 totals[weight.name] = total
                 before[weight] = weight.parameter.detach().clone()
-            delta = matmul(update.left, update.right)
+            delta = matmul(update.left, update.right).cpu()
             totals[weight.name] = totals[weight.name] + weight.to_stored(delta)
             _write({weight: self._rounded(weight, totals[weight.name])})
 

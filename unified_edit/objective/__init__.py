@@ -7,7 +7,8 @@ from unified_edit.objective.feasibility import CONDITION_LIMIT, Feasibility, fea
 from unified_edit.objective.held import Held
 from unified_edit.objective.metric import Metric, MetricProtocol
 from unified_edit.objective.null_space import ALPHAEDIT_THRESHOLD, NullSpace
-from unified_edit.objective.solver import EQUALITY_TOLERANCE, Diagnosis, Update, solve
+from unified_edit.objective.solver import EQUALITY_TOLERANCE, solve
+from unified_edit.objective.update import Diagnosis, Update
 
 __all__ = (
     "ALPHAEDIT_THRESHOLD CONDITION_LIMIT EQUALITY_TOLERANCE Budget Diagnosis Feasibility Held "

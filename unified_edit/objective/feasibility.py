@@ -13,6 +13,7 @@ from torch import Tensor
 from unified_edit.errors import InfeasibleError, NullSpaceError, ObjectiveError
 from unified_edit.objective.inputs import check_facts, fact_label
 from unified_edit.objective.metric import MetricProtocol, as_metric
+from unified_edit.objective.spectrum import Spectrum, spectrum_of
 
 CONDITION_LIMIT = 1e8
 """Largest condition number of the whitened keys A up to which `Delta K = R` is held.
@@ -33,7 +34,8 @@ class Feasibility:
 
     - holds: the whitened keys A have rank E, the number of facts.
     - rank: number of singular values of A above 1 / CONDITION_LIMIT of the largest.
-    - condition: of A, largest over E-th singular value; inf if E > dim.
+    - condition: of A, largest over E-th singular value; inf if E > dim. For more than 256 facts
+      to five digits.
     - facts: E. dim: n, the rows of A: d_in, or fewer where the metric has directions out of reach.
     """
 
@@ -119,34 +121,28 @@ def whitened(metric: MetricProtocol, K: Tensor, names: Sequence[str] | None) -> 
 
 
 def examine(
-    A: Tensor, d_in: int, names: Sequence[str] | None, basis: bool = False
-) -> tuple[Feasibility, Tensor, Tensor, Tensor]:
-    """What whitened keys A (n x E) can hold; Q and S of A = Q S; the singular values of A.
-
-    Q (n x E) is made only for `basis` and E <= n; for E > n, S is that of A^T.
-    """
+    A: Tensor, d_in: int, names: Sequence[str] | None, *, basis: bool = False
+) -> tuple[Feasibility, Spectrum]:
+    """What whitened keys A (n x E) can hold, and their spectrum; see `spectrum_of` for `basis`."""
     n, E = A.shape
-    tall = n >= E
-    Q, S = torch.linalg.qr(A if tall else A.mT, mode="reduced" if tall and basis else "r")
-    s = torch.linalg.svdvals(S)
-    largest, smallest = float(s[:1].sum()), float(s[-1:].sum())  # zero where a metric has n = 0
-    rank = int((s > _CUTOFF * largest).sum())
+    seen = spectrum_of(A, _CUTOFF, basis=basis)
     found = Feasibility(
-        holds=rank == E,
-        rank=rank,
-        condition=largest / smallest if tall and smallest > 0 else math.inf,
+        holds=seen.rank == E,
+        rank=seen.rank,
+        condition=seen.condition if n >= E else math.inf,
         facts=E,
         dim=n,
         _A=A,
         _names=names,
         _d_in=d_in,
     )
-    return found, Q, S, s
+    return found, seen
 
 
 def require_no_overflow(*matrices: Tensor) -> None:
     """Raises ObjectiveError unless all entries are finite."""
-    if not all(bool(torch.isfinite(matrix).all()) for matrix in matrices):
+    norms = [torch.linalg.vector_norm(one, ord=math.inf) for one in matrices if one.numel()]
+    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
         raise ObjectiveError(
             "the update overflows float64: K, R and C0 are of scales too different to solve for"
         )

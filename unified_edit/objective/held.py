@@ -64,6 +64,11 @@ class Held:
         return self.inner.device
 
     @property
+    def isometric(self) -> bool:
+        """As the metric within: rows that belong to whitened keys are outside of Q already."""
+        return bool(getattr(self.inner, "isometric", False))
+
+    @property
     def room(self) -> int:
         """How many more facts can be held: the dimensions of a whitened key less those in use."""
         return self.basis.shape[0] - self.basis.shape[1]

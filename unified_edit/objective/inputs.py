@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from unified_edit.errors import ObjectiveError
+
+log = logging.getLogger(__name__)
 
 
 def check_facts(
@@ -32,14 +37,15 @@ def check_facts(
         raise ObjectiveError(f"nothing to solve: K is {d_in} x {E} and R is {R.shape[0]} x {E}")
     if names is not None and len(names) != E:
         raise ObjectiveError(f"{len(names)} names were given for {E} facts")
-    for name, matrix in (("K", K), ("R", R)):
-        bad = (~torch.isfinite(matrix)).any(dim=0).nonzero()
+    largest = [torch.linalg.vector_norm(matrix, ord=math.inf, dim=0) for matrix in (K, R)]
+    for name, sizes in zip("KR", largest, strict=True):
+        bad = (~torch.isfinite(sizes)).nonzero()
         if len(bad):
             raise ObjectiveError(
                 f"{name} has entries that are not finite in {len(bad)} of {E} columns, first in "
                 f"that of {fact_label(int(bad[0]), names)}: check the model for NaN weights"
             )
-    zero = (K == 0).all(dim=0).nonzero()
+    zero = (largest[0] == 0).nonzero()
     if len(zero):
         raise ObjectiveError(
             f"the key of {fact_label(int(zero[0]), names)} is zero: no update changes its value"
@@ -65,10 +71,27 @@ def as_float64(
     if not matrix.is_floating_point() or (allowed and matrix.dtype not in allowed):
         wanted = " or ".join(str(dtype) for dtype in allowed) or "a floating-point type"
         raise ObjectiveError(f"{name} must be of {wanted}, not {matrix.dtype}")
-    if device is None:
-        device = torch.device("cpu") if matrix.device.type == "mps" else matrix.device
+    device = float64_device(matrix.device if device is None else device)
     # One step after the other: the device it comes from may have no float64.
     return matrix.detach().to(device).to(torch.float64)
+
+
+def float64_device(device: torch.device | str) -> torch.device:
+    """The device itself; the CPU where it has no float64 (MPS), which is said once, or no memory.
+
+    (The latter is "meta", where weights stand that are loaded when they are used.)
+    """
+    device = torch.device(device)
+    if device.type not in ("mps", "meta"):
+        return device
+    if device.type == "mps":
+        _say_no_float64(device.type)
+    return torch.device("cpu")
+
+
+@cache
+def _say_no_float64(kind: str) -> None:
+    log.warning("%s has no float64: updates are solved for on the CPU", kind.upper())
 
 
 def fact_label(index: int, names: Sequence[str] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from copy import copy
 from typing import Protocol, runtime_checkable
@@ -12,11 +13,21 @@ from torch.linalg import solve_triangular
 
 from unified_edit.arguments import real_number
 from unified_edit.errors import NotPositiveDefiniteError, NullSpaceError, ObjectiveError
-from unified_edit.objective.inputs import as_float64
+from unified_edit.objective.factoring import (
+    alive_rows,
+    blocks,
+    cholesky,
+    extent,
+    is_singular,
+    principal,
+    symmetrise,
+    unit_diagonal,
+)
+from unified_edit.objective.inputs import as_float64, float64_device
+
+log = logging.getLogger(__name__)
 
 _SYMMETRY = 1e-6  # relative; C0 summed in float32 is symmetric to about this
-
-_BLOCK = 1024  # rows at a time: C0 of GPT-J takes 2 GiB, and so would every temporary of its size
 
 _PANEL = 256  # columns of the factor, and keys, that one reflection of `plus` takes in
 
@@ -74,34 +85,41 @@ class Metric:
 
     factor: Tensor
     alive: Tensor | None
+    isometric = True
 
-    def __init__(self, C0: Tensor) -> None:
+    def __init__(self, C0: Tensor, *, overwrite: bool = False) -> None:
+        """Factor C0; with `overwrite` in its own memory, if it is float64, and C0 is lost."""
+        given = C0
         C0 = as_float64("C0", C0, allowed=(torch.float32, torch.float64))
         d = C0.shape[0]
         if C0.shape != (d, d) or d == 0:
             raise ObjectiveError(
                 f"C0 must be a square matrix (d_in x d_in), not of shape {tuple(C0.shape)}"
             )
-        if bad := sum(int((~torch.isfinite(C0[rows])).sum()) for rows in _blocks(d)):
+        own = overwrite or C0.data_ptr() != given.data_ptr()
+        largest, skew = extent(C0)
+        if not math.isfinite(largest):
+            bad = sum(int((~torch.isfinite(C0[rows])).sum()) for rows in blocks(d))
             raise ObjectiveError(
                 f"C0 has {bad} entries that are not finite: check the model for NaN weights or "
                 "overflow, and collect the statistics again"
             )
-        largest = max(float(C0[rows].abs().max()) for rows in _blocks(d))
-        skew = max(float((C0[rows] - C0[:, rows].mT).abs().max()) for rows in _blocks(d))
         if skew > _SYMMETRY * largest:
             raise ObjectiveError(
                 f"C0 is not symmetric: C0 and its transpose differ by up to {skew:.1e}, its "
                 f"largest entry is {largest:.1e}; C0 is the mean of k k^T"
             )
-        if skew:
-            C0 = (C0 + C0.mT).div_(2)
         self._dim = d
-        self.alive = _alive(C0)
+        self.alive = alive_rows(C0)
         if self.alive is not None:
-            C0 = _principal(C0, self.alive)
-        factor, failed_at = torch.linalg.cholesky_ex(C0)
-        if int(failed_at) or _is_singular(C0, factor):
+            C0, own = principal(C0, self.alive), True
+        if not own:
+            C0 = C0.clone(memory_format=torch.contiguous_format)
+        if skew:
+            symmetrise(C0)
+        scale, size = unit_diagonal(C0)
+        factor, failed_at = cholesky(C0)
+        if failed_at or is_singular(factor, scale, size):
             raise NotPositiveDefiniteError(
                 f"C0 ({d} x {d}) is not positive definite: it was made from too few tokens, or "
                 "some direction holds no key at all. Collect the statistics over more tokens "
@@ -113,6 +131,28 @@ class Metric:
     def identity(cls, d: int, device: torch.device | str | None = None) -> Metric:
         """The metric of C0 = I (d x d): every direction of the keys costs the same."""
         return cls(torch.eye(d, dtype=torch.float64, device=device))
+
+    @classmethod
+    def on(cls, device: torch.device | str, C0: Tensor, *, overwrite: bool = False) -> Metric:
+        """The metric of C0, factored on `device`; on C0's own where that has too little memory."""
+        where = float64_device(device)
+        if where == C0.device:
+            return cls(C0, overwrite=overwrite)
+        try:
+            return cls(C0.detach().to(where, torch.float64), overwrite=True)
+        except torch.OutOfMemoryError:
+            log.warning("%s has no room for C0 (%d x %d): on %s then", where, *C0.shape, C0.device)
+            return cls(C0, overwrite=overwrite)
+
+    def to(self, device: torch.device | str) -> Metric:
+        """The same metric on another device, where it then solves; itself if it is there."""
+        where = float64_device(device)
+        if where == self.device:
+            return self
+        alive = None if self.alive is None else self.alive.to(where)
+        moved = copy(self)
+        moved.factor, moved.alive = self.factor.to(where), alive
+        return moved
 
     @classmethod
     def from_factor(cls, factor: Tensor, alive: Tensor | None = None, dim: int = 0) -> Metric:
@@ -203,7 +243,9 @@ class Metric:
             factor[at[:, None], at] = self.factor
             K, sum_.alive = K[now], None if len(now) == self.dim else now
         sum_.factor = factor = _with_keys(factor, K)
-        if len(factor) > len(self.factor) and _is_singular(factor @ factor.mT, factor):
+        if len(factor) > len(self.factor) and is_singular(
+            factor, *unit_diagonal(factor @ factor.mT)
+        ):
             raise NotPositiveDefiniteError(
                 f"C0 + weight K K^T is not positive definite: the {K.shape[1]} keys of K reach "
                 f"{len(factor) - len(self.factor)} coordinates in which C0 is zero, and do not "
@@ -249,27 +291,6 @@ def as_metric(metric: MetricProtocol | Tensor) -> MetricProtocol:
     return Metric(metric)
 
 
-def _alive(C0: Tensor) -> Tensor | None:
-    """Indices of the rows of C0 that are not zero; None where that is all or none.
-
-    A row that is zero on the diagonal alone belongs to no second moment: it counts as alive, and
-    the factorisation fails.
-    """
-    dead = C0.diagonal() == 0
-    for rows in _blocks(len(C0)):
-        if bool(dead[rows].any()):
-            dead[rows] &= ~(C0[rows] != 0).any(dim=1)
-    return None if bool(dead.all()) or not bool(dead.any()) else (~dead).nonzero().flatten()
-
-
-def _principal(matrix: Tensor, index: Tensor) -> Tensor:
-    """matrix[index][:, index], without a temporary of that size."""
-    part = matrix.new_empty(len(index), len(index))
-    for rows in _blocks(len(index)):
-        part[rows] = matrix[index[rows]][:, index]
-    return part
-
-
 def _with_keys(factor: Tensor, K: Tensor) -> Tensor:
     """The Cholesky factor of L L^T + K K^T, by Householder reflections of [L, K].
 
@@ -287,25 +308,3 @@ def _with_keys(factor: Tensor, K: Tensor) -> Tensor:
             factor[start:, at], keys[start:] = both[:, :width], both[:, width:]
     factor *= torch.where(factor.diagonal() < 0, -1.0, 1.0)
     return factor.tril_()  # what should be zero above the diagonal is so up to rounding
-
-
-def _is_singular(C0: Tensor, factor: Tensor) -> bool:
-    """Whether C0 with unit diagonal is singular to within the rounding of its Cholesky factor.
-
-    A singular C0 may have a factor, by the luck of rounding. Its product is then singular up to
-    the error of the factorisation, d eps ||C0||, which inverse iteration finds at once: what it
-    returns is never below the smallest eigenvalue.
-    """
-    scale = C0.diagonal().sqrt()[:, None]
-    squares = [(C0[rows] / scale[rows] / scale.mT).square().sum() for rows in _blocks(len(C0))]
-    size = float(torch.stack(squares).sum().sqrt())
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(len(C0), 1, generator=generator, dtype=torch.float64).to(C0.device)
-    for _ in range(3):
-        vector = scale * torch.cholesky_solve(scale * (vector / vector.norm()), factor)
-    smallest = 1 / float(vector.norm())
-    return not smallest > len(C0) * torch.finfo(torch.float64).eps * size
-
-
-def _blocks(d: int) -> list[slice]:
-    return [slice(start, start + _BLOCK) for start in range(0, d, _BLOCK)]

@@ -57,7 +57,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -70,6 +69,8 @@ from unified_edit.objective.exact_product import is_identity, matmul
 from unified_edit.objective.feasibility import examine, require_no_overflow, whitened
 from unified_edit.objective.inputs import check_facts
 from unified_edit.objective.metric import MetricProtocol, as_metric
+from unified_edit.objective.spectrum import Spectrum, orthonormal_rows
+from unified_edit.objective.update import Diagnosis, Form, Update
 
 EQUALITY_TOLERANCE = 1e-8
 """Relative error ||Delta K - R|| / ||R|| within which the stored factors hold an equality."""
@@ -80,62 +81,13 @@ _CHOLESKY_LIMIT = 1e6
 
 _EPS = torch.finfo(torch.float64).eps
 
-# An accurate product costs six ordinary ones. Where Delta is dense and its product has more terms
-# than this, ordinary ones do as long as their rounding is at most this much of an equality.
-_MANY_TERMS, _ROUNDING = 2**30, 1e-10
+# An accurate product costs six ordinary ones. Where a product has more terms than this, ordinary
+# ones do as long as their rounding is at most this much of an equality.
+_MANY_TERMS, _ROUNDING = 2**24, 1e-10
 
-Form = Literal["equality", "ridge", "least_violation", "fine-tuning"]
+_Product = Callable[[Tensor, Tensor], Tensor]
+
 Infeasible = Literal["raise", "least_violation"]
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What a solution is worth.
-
-    - condition: of the whitened keys A (n x E), largest over E-th singular value; inf if E > n.
-    - rank: number of singular values of A above 1 / CONDITION_LIMIT of the largest.
-    - memorization_error: ||Delta K - R|| / ||R||, the root of :eq:`objective-memorize` relative to
-      what was asked; ||Delta K|| where R = 0.
-    - preservation_error: tr(Delta C0 Delta^T), the mean squared change of a preserved key's value;
-      for an equality it is :eq:`emmet-price`.
-    - form: the problem solved: "equality", "ridge", or "least_violation", the limit lam -> 0 where
-      the equality cannot be held; "fine-tuning" where none was, and the numbers are NaN (rank 0).
-    """
-
-    condition: float
-    rank: int
-    memorization_error: float
-    preservation_error: float
-    form: Form
-
-
-@dataclass(frozen=True, eq=False)
-class Update:
-    """Delta (d_out x d_in) as two float64 factors: Delta = left @ right.
-
-    left: (d_out, r); right: (r, d_in). Where a dense matrix takes fewer numbers than the factors,
-    one of them is Delta itself and the other an identity (`is_dense`); to store one, `delta` is
-    enough then. Either way `objective.matmul(left, right)` is `delta`, bit for bit.
-    """
-
-    left: Tensor
-    right: Tensor
-    diagnosis: Diagnosis
-
-    @property
-    def rank(self) -> int:
-        """r, the number of columns of `left`."""
-        return self.left.shape[1]
-
-    @cached_property
-    def is_dense(self) -> bool:
-        """Whether one factor is the identity and the other is Delta."""
-        return is_identity(self.left) or is_identity(self.right)
-
-    @cached_property
-    def delta(self) -> Tensor:
-        """Delta, dense (d_out x d_in), float64; the same bits on every machine."""
-        return matmul(self.left, self.right)
 
 
 @torch.no_grad()
@@ -182,19 +134,20 @@ def solve(
         )
     K, R = check_facts(K, R, names, metric.dim, metric.device)
     A = whitened(metric, K, names)
-    found, Q, S, s = examine(A, metric.dim, names, basis=lam == 0)
+    found, seen = examine(A, metric.dim, names, basis=lam == 0)
     form: Form
     if lam > 0:
         form = "ridge"
-        left, right = _ridge(metric, K, A, R, lam, s)
+        made = _ridge(metric, K, A, R, lam, seen)
     elif found:
         form = "equality"
+        rows, S = orthonormal_rows(A, seen)
 
         def times_inverse(X: Tensor) -> Tensor:
             product: Tensor = solve_triangular(S, X, upper=True, left=False)
             return product
 
-        left, right = _hold(metric, K, R, Q.mT, times_inverse)
+        made = _hold(metric, K, R, rows, times_inverse)
     else:
         if infeasible == "raise":
             found.require()
@@ -202,30 +155,44 @@ def solve(
         rank = found.rank
         U, s, Vh = torch.linalg.svd(A, full_matrices=False)
         U, s, V = U[:, :rank], s[:rank], Vh[:rank].mT
-        left, right = _hold(metric, K, R, U.mT, lambda X: (X @ V) / s)
+        made = _hold(metric, K, R, U.mT, lambda X: (X @ V) / s)
 
+    left, right, missed = made.left, made.right, made.missed
     require_no_overflow(left, right)
     size = float(R.norm()) or 1.0
-    ways = [(left, right)]
-    if _is_large(left, right):
-        ways.insert(0, _dense(matmul(left, right)))
-    # Dense, entries of Delta are rounded that cancel in Delta K. Where keys and C0 are both so
-    # ill-conditioned that this would break an equality, the factors stay as they are.
-    for left, right in ways:
-        error = _violation(K, R, left, right, form) / size
-        if form != "equality" or error <= EQUALITY_TOLERANCE:
-            break
+    cost = made.cost if getattr(metric, "isometric", False) else metric.cost(left, right)
+    if _kept_whole(left, right):
+        whole = _whole(made)
+        now = missed if form == "ridge" else float((made.product(whole, K) - R).norm())
+        # Dense, entries of Delta are rounded that cancel in Delta K. Where keys and C0 are both so
+        # ill-conditioned that this would break an equality, the factors stay as they are.
+        if form != "equality" or now <= EQUALITY_TOLERANCE * size:
+            (left, right), missed = _dense(whole), now
     return Update(
         left=left.contiguous(),
         right=right.contiguous(),
         diagnosis=Diagnosis(
             condition=found.condition,
             rank=found.rank,
-            memorization_error=error,
-            preservation_error=metric.cost(left, right),
+            memorization_error=missed / size,
+            preservation_error=cost,
             form=form,
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Delta = left @ right; ||Delta K - R||, and ||X||_F^2 for Delta = X T in whitened keys.
+
+    product: what multiplies factors of this size accurately enough.
+    """
+
+    left: Tensor
+    right: Tensor
+    missed: float
+    cost: float
+    product: _Product
 
 
 def _hold(
@@ -234,8 +201,8 @@ def _hold(
     R: Tensor,
     rows: Tensor,
     times_inverse: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """left and right of Delta = (R S^-1) (rows L^-1), where `rows` A = S.
+) -> _Made:
+    """Delta = (R S^-1) (rows L^-1), where the orthonormal `rows` A = S.
 
     `times_inverse` multiplies by S^-1 (a pseudoinverse in the limit lam -> 0) from the right.
     """
@@ -244,40 +211,62 @@ def _hold(
     require_no_overflow(left, right)
     # Rounding in L makes right @ K differ from S. What that and the solution with S miss is found
     # from the factors as they are, in products accurate enough to see it, and taken out.
-    if _is_large(left, right) and _rounds_little(R, left, right, K):
-        return left + times_inverse(R - left @ (right @ K)), right
-    left = left + times_inverse(R - matmul(left, matmul(right, K)))
-    return left, right
+    product = _product_for(R, left, right, K)
+    reached = product(right, K)
+    left = left + times_inverse(R - product(left, reached))
+    missed = float((product(left, reached) - R).norm())
+    return _Made(left, right, missed, float(left.square().sum()), product)
 
 
-def _is_large(left: Tensor, right: Tensor) -> bool:
-    """Whether the product of two factors takes fewer numbers than they do."""
-    return left.shape[1] * (left.shape[0] + right.shape[1]) > left.shape[0] * right.shape[1]
+def _kept_whole(left: Tensor, right: Tensor) -> bool:
+    """Whether an update is kept as Delta, not as its factors.
 
-
-def _rounds_little(R: Tensor, *factors: Tensor) -> bool:
-    """Whether an accurate product of the factors, R, would take long, and would not be needed.
-
-    It is looked at what one unit in the last place is of the product of their absolute values. The
-    rounding of an ordinary product may be as many units as there are terms; but roundings cancel,
-    and a hundredth of a unit was measured for a thousand terms.
+    It is where Delta takes fewer numbers, and for large products where it takes up to twice as
+    many: factors have to be multiplied to the last bit whenever they are applied.
     """
-    left, right = factors[0], factors[1]
-    if left.shape[0] * left.shape[1] * right.shape[1] <= _MANY_TERMS:
-        return False
-    size = factors[-1].abs()
-    for one in reversed(factors[:-1]):
-        size = one.abs() @ size
-    return _EPS * float(size.norm()) <= _ROUNDING * float(R.norm())
+    rows, inner, columns = left.shape[0], left.shape[1], right.shape[1]
+    return (2 if _is_many(left, right) else 1) * inner * (rows + columns) > rows * columns
+
+
+def _whole(made: _Made) -> Tensor:
+    """Delta."""
+    if is_identity(made.left):
+        return made.right
+    return made.left if is_identity(made.right) else made.product(made.left, made.right)
+
+
+def _is_many(left: Tensor, right: Tensor) -> bool:
+    return left.shape[0] * left.shape[1] * right.shape[1] > _MANY_TERMS
+
+
+def _product_for(R: Tensor, left: Tensor, right: Tensor, K: Tensor) -> _Product:
+    """The product that is accurate enough to hold left @ right @ K = R.
+
+    An accurate one would take long where there are many terms, and would not be needed where one
+    unit in the last place of |left| |right| |K| is little. The rounding of an ordinary product may
+    be as many units as there are terms; but roundings cancel, and a hundredth of a unit was
+    measured for a thousand terms. The norm is taken from the sums of the rows and of the columns,
+    as if the matrix were of rank one, which products of positive ones nearly are.
+    """
+    if not _is_many(left, right):
+        return matmul
+    first, second, third = left.abs(), right.abs(), K.abs()
+    rows = first @ (second @ third.sum(dim=1))
+    columns = (first.sum(dim=0) @ second) @ third
+    unit = _EPS * rows.norm() * columns.norm() / rows.sum()
+    return torch.matmul if bool(unit <= _ROUNDING * R.norm()) else matmul
 
 
 def _ridge(
-    metric: MetricProtocol, K: Tensor, A: Tensor, R: Tensor, lam: float, s: Tensor
-) -> tuple[Tensor, Tensor]:
-    """left and right of the least-squares solution with weight `lam` > 0; s: singular values."""
+    metric: MetricProtocol, K: Tensor, A: Tensor, R: Tensor, lam: float, seen: Spectrum
+) -> _Made:
+    """The least-squares solution with weight `lam` > 0.
+
+    What it misses is far above rounding: ordinary products do where there are many terms.
+    """
     (n, E), d_out = A.shape, R.shape[0]
-    squares = s.square()
-    if float(squares[:1].sum()) + lam > _CHOLESKY_LIMIT * (float(squares[-1:].sum()) + lam):
+    product: _Product = torch.matmul if _is_many(R, A.mT) else matmul
+    if seen.largest**2 + lam > _CHOLESKY_LIMIT * (seen.smallest**2 + lam):
         # The filter s / (s^2 + lam), without squaring A. A singular value that is rounding would
         # be passed on as 1/s by a lam that is smaller still: it is left out. That of the direction
         # u is |u A| = |u L^-1 K|, which rounding K changes by at most eps |u L^-1| |K|.
@@ -287,33 +276,37 @@ def _ridge(
         require_no_overflow(right, rounding)
         keep = s > rounding
         s, V = s[keep], Vh[keep].mT
-        return (R @ V) * (s / (s.square() + lam)), right[keep]
+        left, right = (R @ V) * (s / (s.square() + lam)), right[keep]
+        missed = float((left @ (right @ K) - R).norm())
+        return _Made(left, right, missed, float(left.square().sum()), product)
+    gram = seen.gram
+    if gram is None:
+        gram = A.mT @ A if n >= E else A @ A.mT
+    factor = torch.linalg.cholesky(_plus_diagonal(gram.clone(), lam))
     if n >= E:
-        factor = torch.linalg.cholesky(_plus_diagonal(A.mT @ A, lam))
-        return torch.cholesky_solve(R.mT, factor).mT, metric.unwhiten(A.mT)
-    factor = torch.linalg.cholesky(_plus_diagonal(A @ A.mT, lam))
-    left = torch.cholesky_solve(A @ R.mT, factor).mT
+        left = torch.cholesky_solve(R.mT, factor).mT
+        reached = left @ gram  # Delta K, as K^T C0^-1 K is the Gram matrix
+        missed, cost = float((reached - R).norm()), float((reached * left).sum())
+        if d_out >= E:
+            return _Made(left, metric.unwhiten(A.mT), missed, cost, product)
+        X = left @ A.mT
+        return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost, product)
+    X = torch.cholesky_solve(A @ R.mT, factor).mT
+    missed, cost = float((X @ A - R).norm()), float(X.square().sum())
     if n * (d_out + metric.dim) <= d_out * metric.dim:
-        return left, metric.unwhiten(torch.eye(n, dtype=A.dtype, device=A.device))
+        return _Made(X, metric.unwhiten(_identity(n, X)), missed, cost, product)
     # With all of L^-1 as a factor it would be large: the product is made by triangular solution.
-    return torch.eye(d_out, dtype=A.dtype, device=A.device), metric.unwhiten(left)
-
-
-def _violation(K: Tensor, R: Tensor, left: Tensor, right: Tensor, form: Form) -> float:
-    """||Delta K - R||.
-
-    With a ridge it is far above rounding; an equality's is rounding and nothing else, and an
-    ordinary product would measure its own. That of a large batch is little beside its limit.
-    """
-    if form == "ridge" or (is_identity(left) and _rounds_little(R, right, K)):
-        return float((left @ (right @ K) - R).norm())
-    return float((matmul(left, matmul(right, K)) - R).norm())
+    return _Made(_identity(d_out, X), metric.unwhiten(X), missed, cost, product)
 
 
 def _dense(delta: Tensor) -> tuple[Tensor, Tensor]:
     """A dense Delta as two factors, one of them an identity of the smaller side."""
-    identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    identity = _identity(min(delta.shape), delta)
     return (identity, delta) if delta.shape[0] <= delta.shape[1] else (delta, identity)
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def _plus_diagonal(matrix: Tensor, lam: float) -> Tensor:

@@ -13,10 +13,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path
@@ -51,28 +54,41 @@ def statistics_for(
     Raises StatisticsError if the default corpus cannot be had.
     """
     fingerprint, memory = ledger_of(model).fingerprint(), memory_of(model)
-    layers = anatomy(model).check_layers(layers)
+    parts = anatomy(model)
+    layers = parts.check_layers(layers)
     folder = cache_folder() / fingerprint[:20]
     found = {layer: memory.get(("C0", fingerprint, layer)) for layer in layers}
-    new = {}
-    for layer in layers:
-        if found[layer] is None:
-            new[layer] = _read(folder, layer, fingerprint, model)
-    absent = [layer for layer, one in new.items() if one is None]
-    if absent:
-        new.update(_collected(model, tokenizer, absent, folder))
-    for layer, one in new.items():
-        assert one is not None
+
+    def keep(layer: int, one: KeyStatistics) -> None:
         path = _path(folder, layer)
+        if path.exists() and 8 * one.width(layer) ** 2 * len(layers) > memory.limit:
+            # too much for all layers together: C0 is read and factored where it is asked for
+            found[layer] = replace(one, moments={layer: partial(_moment, path, layer)}, _metrics={})
+            return
         # what is kept is the factor; C0 is read again where it is asked for
+        one.metric(layer, parts.weight(layer).parameter.device)
         found[layer] = one.factored(path) if path.exists() else one
-        found[layer].metric(layer)
         memory.put(("C0", fingerprint, layer), found[layer], found[layer].nbytes)
+
+    absent = []
+    for layer in [layer for layer in layers if found[layer] is None]:
+        one = _read(folder, layer, fingerprint, model)
+        if one is None:
+            absent.append(layer)
+        else:
+            keep(layer, one)
+    if absent:
+        for layer, one in _collected(model, tokenizer, absent, folder).items():
+            keep(layer, one)
     return KeyStatistics.joined([found[layer] for layer in layers])
 
 
 def _path(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer}.safetensors"
+
+
+def _moment(path: Path, layer: int) -> Tensor:
+    return KeyStatistics.load(path).C0(layer)
 
 
 def _read(

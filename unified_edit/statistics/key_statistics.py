@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from unified_edit.arguments import as_path, is_flag, real_number, whole_number
@@ -35,6 +36,9 @@ from unified_edit.statistics.sums import shrink_in_place
 from unified_edit.statistics.weighting import WEIGHTINGS
 
 log = logging.getLogger(__name__)
+
+#: Bytes of factors that statistics keep: two at the width of GPT-J, dozens at that of GPT-2.
+FACTOR_BYTES = 4 * 2**30
 
 FORMAT = "unified_edit.key_statistics/2"
 
@@ -77,12 +81,20 @@ class KeyStatistics:
         moment = self.moments[layer]
         return moment if isinstance(moment, Tensor) else moment()
 
-    def metric(self, layer: int) -> Metric:
-        """The factored C0 of `layer`; made once and kept."""
+    def metric(self, layer: int, device: torch.device | str | None = None) -> Metric:
+        """The factored C0 of `layer`; kept, as long as all together take `FACTOR_BYTES`.
+
+        On `device`; where it is or C0 is if None.
+        """
         layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
+            C0 = self.C0(layer)
+            # what is read from a file for this alone is factored in its place
+            own = isinstance(self.moments[layer], partial)
+            while self._metrics and self._factor_bytes + 8 * C0.numel() > FACTOR_BYTES:
+                self._metrics.pop(next(iter(self._metrics)))
             try:
-                self._metrics[layer] = Metric(self.C0(layer))
+                self._metrics[layer] = Metric.on(device or C0.device, C0, overwrite=own)
             except NotPositiveDefiniteError as problem:
                 raise StatisticsError(
                     f"C0 of layer {layer}, from {self.source.tokens} tokens, has no Cholesky "
@@ -93,7 +105,18 @@ class KeyStatistics:
                 raise StatisticsError(
                     f"C0 of layer {layer} cannot be used: {problem}. Collect the statistics again"
                 ) from problem
+        elif device is not None:
+            self._metrics[layer] = self._metrics[layer].to(device)
         return self._metrics[layer]
+
+    def width(self, layer: int) -> int:
+        """d_k of `layer`; no factor is made for it."""
+        made = self._metrics.get(layer)
+        return len(self.C0(layer)) if made is None else made.dim
+
+    @property
+    def _factor_bytes(self) -> int:
+        return sum(metric.factor.nbytes for metric in self._metrics.values())
 
     def convergence(self, layer: int) -> float:
         """How far two halves of the text disagree on fresh keys; at most 0.1 is converged."""
