@@ -69,6 +69,7 @@ NAMED = ("tests/test_named.py",)
 READ = ("tests/test_facts.py", "-k", "multi_hop or leads_to")
 BATCHES = ("tests/test_batches.py",)
 REFERENCES = ("tests/test_references.py",)
+HARNESS = ("tests/test_harness.py",)
 FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
 HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
@@ -80,6 +81,7 @@ CHAPTERS = {
     OBJECTIVE: ("emmet", "memit", "bridge"),
     METRICS: (),
     NAMED: (),
+    HARNESS: (),
     READ: (),
     KEYS: ("rome", "first_edit"),
     BEGINNINGS: (),
@@ -450,6 +452,14 @@ FAULTS = (
           '"portability(: .*)?"', '"portability: .*"', EVALUATION),
     Fault("the answer before the edit counts as its consequence", "facts/readers.py",
           "Probe(question, new, foil)", "Probe(question, foil or new)", READ),
+    Fault("the harness asks the edited model twice", "measuring/harness.py",
+          "with ledger.base_state():", "with ledger.state_kept():", HARNESS),
+    Fault("changes of answers that are not of one question", "measuring/harness.py",
+          "np.array([(_number(before[at]), _number(after[at])) for at in both])",
+          "np.array(list(zip(map(_number, before.values()), "
+          "sorted(map(_number, after.values())))))", HARNESS),
+    Fault("the harness seeds our generators", "measuring/harness.py",
+          "random.setstate(python)", "pass", HARNESS),
     Fault("a run goes on as another", "measuring/batches.py",
           "if found.get(name) != wanted[name]", "if name not in found", BATCHES),
     Fault("all facts taken for the first batch", "measuring/batches.py",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         evaluate_edits,
         evaluate_made,
         figures,
+        harness_scores,
         load_records,
         locate,
         suggest_layers,
@@ -73,7 +74,7 @@ _FLOORS = {
     "facts": "Fact Probe Record read_facts read_records",
     "measuring": (
         "Grid ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made "
-        "load_records locate suggest_layers sweep"
+        "harness_scores load_records locate suggest_layers sweep"
     ),
     "statistics": "KeyStatistics",
 }
