@@ -64,6 +64,7 @@ TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages 
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
 HELD = ("tests/test_held.py",)
+BUDGETS = ("tests/test_budgets.py",)
 PAST = ("tests/test_histories.py",)
 NAMED = ("tests/test_named.py",)
 READ = ("tests/test_facts.py", "-k", "multi_hop or leads_to")
@@ -82,6 +83,7 @@ CHAPTERS = {
     METRICS: (),
     NAMED: (),
     HARNESS: (),
+    BUDGETS: (),
     READ: (),
     KEYS: ("rome", "first_edit"),
     BEGINNINGS: (),
@@ -412,7 +414,7 @@ FAULTS = (
           "frozenset(column for edit in active for column in edit.provenance.replaces)",
           "frozenset()", PAST),
     Fault("turns of one edit know nothing of each other", "editing/layer_loop.py",
-          "past = past.and_then(batch, turn.facts)", "pass", PAST),
+          "past = past.and_then(batch, turn.facts, budgets)", "pass", PAST),
     Fault("what a weight was to give, without earlier turns", "editing/layer_loop.py",
           "written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]",
           "written = updates_at(weight, ledger.active)", PAST),
@@ -475,6 +477,19 @@ FAULTS = (
           "- float((left @ inside).square().sum())", "- 0.0", FORMULAS),
     Fault("divided by the other key's own length", "objective/divided.py",
           "torch.linalg.solve_ex(A.mT @ B", "torch.linalg.solve_ex(B.mT @ B", FORMULAS),
+    Fault("a budget goes on from what was asked", "editing/budgets.py",
+          "(base @ K + done(K) + change).cpu()", "(base @ K + done(K) + asked).cpu()", BUDGETS),
+    Fault("all weights of a model have one queue", "editing/budgets.py",
+          'past.budgets.get(weight.name, past.budgets[""])', 'past.budgets[""]', BUDGETS),
+    Fault("what has no history is taken out again", "editing/budgets.py",
+          "for batch in past.batches if weight.name in batch.targets}",
+          "for batch in past.batches}", BUDGETS),
+    Fault("factors that double with every batch", "editing/budgets.py",
+          "rank = int((s > s[0] * max(right.shape) * torch.finfo(s.dtype).eps).sum())",
+          "rank = len(s)", BUDGETS),
+    Fault("turns of one edit spend nothing", "editing/layer_loop.py",
+          "past.and_then(batch, turn.facts, budgets)", "past.and_then(batch, turn.facts, {})",
+          BUDGETS),
     Fault("a budget that forgives", "objective/budget.py",
           "max(1.0, self.queue + spent", "max(0.1, self.queue + spent", FORMULAS),
     Fault("values beyond twice the anchor are cut", "editing/anchors.py",

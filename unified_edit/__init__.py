@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         suggest_layers,
         sweep,
     )
+    from unified_edit.objective import Budget
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
 
@@ -76,6 +77,7 @@ _FLOORS = {
         "Grid ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made "
         "harness_scores load_records locate suggest_layers sweep"
     ),
+    "objective": "Budget",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

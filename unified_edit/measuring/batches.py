@@ -30,6 +30,7 @@ from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet
 from unified_edit.model.progress import progress
 from unified_edit.model.tensor_files import written_whole
+from unified_edit.objective import Budget
 from unified_edit.statistics import KeyStatistics
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def evaluate_batches(
     *,
     batch_size: int,
     history: History | None = None,
+    budget: Budget | None = None,
     every: int = 1,
     statistics: KeyStatistics | None = None,
     seed: int = 0,
@@ -117,8 +119,8 @@ def evaluate_batches(
     """Write `batch_size` records after the others into one model, and ask about all so far.
 
     Unlike in `evaluate_edits`, what was written stays. Each batch is made on the model as edited so
-    far; how much it minds the earlier ones is its `history`, as in `Editor`. After every `every`
-    batches, and at the end, all records written so far are asked.
+    far; how much it minds the earlier ones is its `history`, with or without a `budget`, as in
+    `Editor`. After every `every` batches, and at the end, all records written so far are asked.
 
     to: a folder in which the edits and answers are kept as they come; called again with the same
         arguments, it goes on after the last batch there. statistics, seed, on_shared_subject,
@@ -136,7 +138,7 @@ def evaluate_batches(
     sheet = Sheet.of(model, tokenizer, records)
     editor = Editor(
         model, tokenizer, method=method, statistics=statistics, seed=seed, history=history,
-        on_shared_subject=on_shared_subject, on_conflict=on_conflict,
+        budget=budget, on_shared_subject=on_shared_subject, on_conflict=on_conflict,
     )  # fmt: skip
     total = math.ceil(len(sheet.records) / size)
     folder = None if to is None else as_path(to, "to", ReportFileError)
@@ -148,6 +150,7 @@ def evaluate_batches(
         "every": step, "seed": seed, "on_shared_subject": on_shared_subject,
         "on_conflict": on_conflict,
         "statistics": None if statistics is None else asdict(statistics.source),
+        "budget": None if budget is None else asdict(budget),
     }  # fmt: skip
     measured: dict[int, dict[str, Any]] = {}
     with quiet(model), editor.ledger.base_state():
