@@ -416,7 +416,7 @@ FAULTS = (
     Fault("turns of one edit know nothing of each other", "editing/layer_loop.py",
           "past = past.and_then(batch, turn.facts, budgets)", "pass", PAST),
     Fault("what a weight was to give, without earlier turns", "editing/layer_loop.py",
-          "written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]",
+          "written = [*updates_at(weight, ledger.active), *turns]",
           "written = updates_at(weight, ledger.active)", PAST),
     Fault("a fact that is overruled comes back with its subject", "editing/histories.py",
           "next((one for one in same if one.text == known.text), same[0])", "same[-1]", PAST),
