@@ -7,7 +7,8 @@ from unified_edit.measuring.evaluation import evaluate, evaluate_edits
 from unified_edit.measuring.generation import Generation, complete, ngram_entropy
 from unified_edit.measuring.grid import Cell, Grid, read_grid
 from unified_edit.measuring.grid_figures import draw_sweep
-from unified_edit.measuring.grid_runs import Sweep, sweep
+from unified_edit.measuring.grid_runs import sweep
+from unified_edit.measuring.grid_table import Sweep
 from unified_edit.measuring.grid_workers import sweep_in_processes
 from unified_edit.measuring.harness import harness_scores
 from unified_edit.measuring.made_edits import evaluate_made
