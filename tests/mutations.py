@@ -462,6 +462,8 @@ FAULTS = (
           "sorted(map(_number, after.values())))))", HARNESS),
     Fault("the harness seeds our generators", "measuring/harness.py",
           "random.setstate(python)", "pass", HARNESS),
+    Fault("batches that are evaluated forget the names", "measuring/evaluation.py",
+          "preserve=self.preserve,", "preserve=None,", NAMED),
     Fault("cells with a history know nothing of it", "measuring/grid_runs.py",
           'history=None if cell.history == "blind" else cell.history', "history=None", GRIDS),
     Fault("the first batch is that of all", "measuring/grid_runs.py",
