@@ -65,11 +65,13 @@ TRACING = ("tests/test_tracing.py", "-k", "one_restoration or noise or averages 
 FAMILIES = ("tests/test_families.py", "-k", "reference or restoration or noise")
 SHARED = ("tests/test_shared_subjects.py",)
 HELD = ("tests/test_held.py",)
+BUDGETS = ("tests/test_budgets.py",)
 PAST = ("tests/test_histories.py",)
 NAMED = ("tests/test_named.py",)
 READ = ("tests/test_facts.py", "-k", "multi_hop or leads_to")
 BATCHES = ("tests/test_batches.py",)
 REFERENCES = ("tests/test_references.py",)
+HARNESS = ("tests/test_harness.py",)
 FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
 HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
@@ -82,6 +84,8 @@ CHAPTERS = {
     METRICS: (),
     SOLVE_LARGE: (),
     NAMED: (),
+    HARNESS: (),
+    BUDGETS: (),
     READ: (),
     KEYS: ("rome", "first_edit"),
     BEGINNINGS: (),
@@ -430,9 +434,9 @@ FAULTS = (
           "frozenset(column for edit in active for column in edit.provenance.replaces)",
           "frozenset()", PAST),
     Fault("turns of one edit know nothing of each other", "editing/layer_loop.py",
-          "past = past.and_then(batch, turn.facts)", "pass", PAST),
+          "past = past.and_then(batch, turn.facts, budgets)", "pass", PAST),
     Fault("what a weight was to give, without earlier turns", "editing/layer_loop.py",
-          "written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]",
+          "written = [*updates_at(weight, ledger.active), *turns]",
           "written = updates_at(weight, ledger.active)", PAST),
     Fault("a fact that is overruled comes back with its subject", "editing/histories.py",
           "next((one for one in same if one.text == known.text), same[0])", "same[-1]", PAST),
@@ -470,6 +474,23 @@ FAULTS = (
           '"portability(: .*)?"', '"portability: .*"', EVALUATION),
     Fault("the answer before the edit counts as its consequence", "facts/readers.py",
           "Probe(question, new, foil)", "Probe(question, foil or new)", READ),
+    Fault("the harness asks the edited model twice", "measuring/harness.py",
+          "with ledger.base_state():", "with ledger.state_kept():", HARNESS),
+    Fault("changes of answers that are not of one question", "measuring/harness.py",
+          "np.array([(_number(before[at]), _number(after[at])) for at in both])",
+          "np.array(list(zip(map(_number, before.values()), "
+          "sorted(map(_number, after.values())))))", HARNESS),
+    Fault("the harness seeds our generators", "measuring/harness.py",
+          "random.setstate(python)", "pass", HARNESS),
+    Fault("batches that are evaluated forget the names", "measuring/evaluation.py",
+          "preserve=self.preserve,", "preserve=None,", NAMED),
+    Fault("cells with a history know nothing of it", "measuring/grid_runs.py",
+          'history=None if cell.history == "blind" else cell.history', "history=None", GRIDS),
+    Fault("the first batch is that of all", "measuring/grid_runs.py",
+          'int(found.answers["batches"].max()), "first")',
+          'int(found.answers["batches"].max()), "last")', GRIDS),
+    Fault("a run's report holds what lies between", "measuring/batches.py",
+          'isin((0, self.answers["batches"].max()))', "notna()", GRIDS),
     Fault("a run goes on as another", "measuring/batches.py",
           "if found.get(name) != wanted[name]", "if name not in found", BATCHES),
     Fault("all facts taken for the first batch", "measuring/batches.py",
@@ -485,6 +506,19 @@ FAULTS = (
           "- float((left @ inside).square().sum())", "- 0.0", FORMULAS),
     Fault("divided by the other key's own length", "objective/divided.py",
           "torch.linalg.solve_ex(A.mT @ B", "torch.linalg.solve_ex(B.mT @ B", FORMULAS),
+    Fault("a budget goes on from what was asked", "editing/budgets.py",
+          "(base @ K + done(K) + change).cpu()", "(base @ K + done(K) + asked).cpu()", BUDGETS),
+    Fault("all weights of a model have one queue", "editing/budgets.py",
+          'past.budgets.get(weight.name, past.budgets[""])', 'past.budgets[""]', BUDGETS),
+    Fault("what has no history is taken out again", "editing/budgets.py",
+          "for batch in past.batches if weight.name in batch.targets}",
+          "for batch in past.batches}", BUDGETS),
+    Fault("factors that double with every batch", "editing/budgets.py",
+          "rank = int((s > s[0] * max(right.shape) * torch.finfo(s.dtype).eps).sum())",
+          "rank = len(s)", BUDGETS),
+    Fault("turns of one edit spend nothing", "editing/layer_loop.py",
+          "past.and_then(batch, turn.facts, budgets)", "past.and_then(batch, turn.facts, {})",
+          BUDGETS),
     Fault("a budget that forgives", "objective/budget.py",
           "max(1.0, self.queue + spent", "max(0.1, self.queue + spent", FORMULAS),
     Fault("values beyond twice the anchor are cut", "editing/anchors.py",

@@ -680,7 +680,7 @@ def test_import_leaves_out_what_it_does_not_need(tmp_path: Path) -> None:
     script = (
         "import sys, unified_edit\n"
         "unneeded = {'torch', 'transformers', 'numpy', 'pandas', 'matplotlib', 'seaborn'}\n"
-        "unneeded |= {'peft', 'datasets', 'unified_edit.teaching.exercises'}\n"
+        "unneeded |= {'peft', 'datasets', 'lm_eval', 'unified_edit.teaching.exercises'}\n"
         "print(*unneeded & sys.modules.keys())"
     )
     command = [sys.executable, "-c", script]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import unified_edit as ue
 from unified_edit.command_line import cli, commands
 from unified_edit.errors import FactError, MethodError, ReportFileError
 from unified_edit.measuring import (
+    BatchReport,
+    Generation,
     Sweep,
     draw_sweep,
     evaluate_edits,
@@ -108,6 +111,7 @@ def test_several_grids_are_one_set_of_cells() -> None:
         ({"methods": ["EMMET"], "ridges": [-1.0]}, "a ridge is -1.0"),
         ({"methods": ["EMMET"], "layers": [["a"]]}, "a layer is 'a'"),
         ({"methods": ["EMMET"], "seeds": [True]}, "a seed is True"),
+        ({"methods": ["EMMET"], "histories": ["none"]}, "a history is 'none'; choose"),
         ({"methods": ["EMMET"], "lam": [1]}, "a grid has no 'lam'"),
         ({"batch_sizes": [1]}, "an object with methods"),
         ({"methods": [{"method": "EMMET", "depth": 3}]}, "no field 'depth'"),
@@ -179,6 +183,93 @@ def test_each_cell_is_what_evaluate_edits_finds(
     assert [row["miss"] for row in kept] == list(found.table["miss"])
     pd.testing.assert_frame_equal(Sweep.read(tmp_path / "sweep").table, found.table)
     assert found.problems == {} and found.missing == []
+
+
+# --- batches that follow each other -------------------------------------------------------------
+
+
+COURSES = Grid(SOFT, batch_sizes=[1, 2], histories=["base", "blind", "soft", "hard"])
+
+
+def test_batches_follow_each_other_in_a_cell(
+    sweep, tiny, tiny_tokenizer, tiny_statistics, tmp_path
+) -> None:
+    before = snapshot(tiny)
+    found = sweep(COURSES)
+    assert_unchanged(tiny, before)
+    table = found.table.set_index("cell")
+    names = [f"soft_b{size}{course}_s0" for size in (1, 2)
+             for course in ("", "_blind", "_hard", "_soft")]  # fmt: skip
+    assert list(table.index) == names
+    assert list(table["history"]) == 2 * ["base", "blind", "hard", "soft"]
+    for course in ("blind", "soft", "hard"):
+        wanted = ue.evaluate_batches(
+            tiny, tiny_tokenizer, RECORDS, SOFT, batch_size=2, bootstrap=100,
+            history=None if course == "blind" else course, statistics=tiny_statistics,
+        )  # fmt: skip
+        row = table.loc[f"soft_b2_{course}_s0"]
+        for name in ("ES", "PS", "NS", "S", "GS"):
+            value = wanted.scores(2)[name]
+            assert (row[name], row[f"{name}_low"], row[f"{name}_high"]) == pytest.approx(
+                (value.value, value.low, value.high), nan_ok=True
+            )
+        assert row["ES_first"] == wanted.scores(2, "first")["ES"].value
+        assert (row["edits"], row["records"], row["state"]) == (2, 3, "done")
+        each = [edit.diagnosis[0] for edit in wanted.edits]
+        miss = np.mean([one.memorization_error for one in each])
+        assert row["miss"] == pytest.approx(miss, rel=1e-6)
+        report = found.report(f"soft_b2_{course}_s0")
+        assert report.records == 3 and report.after == wanted.scores(2)
+        assert report.before == wanted.scores(0)
+    assert np.isnan(table.loc["soft_b2_s0", "ES_first"])
+    # what happens to the weights differs between them
+    assert table["cost"].nunique() == len({*table["cost"]}) >= 5
+    text = (tmp_path / "sweep" / "table.csv").read_text()
+    assert text == found.table.to_csv(index=False)
+    again = sweep(COURSES)
+    pd.testing.assert_frame_equal(again.table, found.table, check_exact=True)
+
+
+def test_a_run_of_batches_is_read_again(tiny, tiny_tokenizer, tiny_statistics, tmp_path) -> None:
+    made = ue.evaluate_batches(
+        tiny, tiny_tokenizer, RECORDS, SOFT, batch_size=2, history="soft", to=tmp_path / "run",
+        statistics=tiny_statistics, seed=3,
+    )  # fmt: skip
+    found = BatchReport.read(tmp_path / "run")
+    pd.testing.assert_frame_equal(found.table, made.table)
+    pd.testing.assert_frame_equal(found.report.table, made.report.table)
+    assert (found.batch_size, found.seed, found.edits) == (2, 3, ())
+    asked = ["record", "when", "kind", "prompt"]
+    assert not found.report.table.duplicated(asked).any(), "what was said after the first batch"
+    assert set(found.report.table["when"]) == {"before", "after"} and found.report.records == 3
+    with pytest.raises(ReportFileError, match=r"holds no run\.json"):
+        BatchReport.read(tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    (tmp_path / "run.json").write_text('{"kind": "something"}', encoding="utf-8")
+    with pytest.raises(ReportFileError, match="another kind"):
+        BatchReport.read(tmp_path)
+
+
+def test_batches_that_cannot_follow_each_other_are_told_before(sweep, tmp_path) -> None:
+    with pytest.raises(MethodError, match=r"EMMET_b1_soft_s0: a soft history.*1 / lam"):
+        sweep(Grid([SOFT, QUICK], histories=["soft"]))
+    with pytest.raises(MethodError, match="soft_b1_blind_s0: known_only"):
+        sweep(Grid(SOFT, histories=["base", "blind"]), known_only=True)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_fluency_is_a_score_of_those_who_want_it(sweep, tmp_path) -> None:
+    records = [replace(one, generation_prompts=("The river",)) for one in RECORDS]
+    grid = Grid(SOFT, batch_sizes=[3], histories=["base", "blind"])
+    short = Generation(length=6, seed=1)
+    table = sweep(grid, records, generate=short, to=tmp_path / "texts").table
+    # one batch is one batch, whatever becomes of it
+    assert table.loc[0, "GE"] == pytest.approx(table.loc[1, "GE"]) and table.loc[0, "GE"] > 0
+    assert "GE" not in sweep(grid, records).table
+    with pytest.raises(ReportFileError, match="generate: "):
+        sweep(grid, records, to=tmp_path / "texts")
+    with pytest.raises(MethodError, match="generate is 3"):
+        sweep(grid, records, generate=3, to=tmp_path / "other")
 
 
 # --- going on ---------------------------------------------------------------------------------
@@ -451,6 +542,17 @@ def test_what_the_axis_does_not_show_has_a_line_of_its_own() -> None:
     plt.close(ax.figure)
 
 
+def test_histories_have_lines_of_their_own() -> None:
+    rows = [
+        {"method": "MEMIT", "history": course, "batch_size": size, "ES": 0.5}
+        for course in ("blind", "soft")
+        for size in (1, 4)
+    ]
+    ax = grid_figures.batch_size_lines(table_of(rows))
+    assert ax.get_legend_handles_labels()[1] == ["MEMIT, blind", "MEMIT, soft"]
+    plt.close(ax.figure)
+
+
 def test_the_equality_stands_at_the_left_edge() -> None:
     rows = [{"method": "EMMET", "lam": lam, "ES": 0.9 - lam / 100} for lam in (0.0, 1.0, 10.0)]
     ax = grid_figures.ridge_lines(table_of(rows))
@@ -540,7 +642,7 @@ def test_a_dry_run_loads_and_writes_nothing(run, place, tmp_path, monkeypatch) -
     assert len(document["cells"]) == 16 and {one["state"] for one in document["cells"]} == {"new"}
     assert document["cells"][0] == {
         "cell": "ROME_b1_l17_s0", "method": "ROME", "layers": [17], "lam": 0.0, "batch_size": 1,
-        "seed": 0, "state": "new",
+        "seed": 0, "history": "base", "state": "new",
     }  # fmt: skip
     assert not (tmp_path / "xl").exists()
     _, err = run(*command, "--limit", "63", code=1)

@@ -33,7 +33,9 @@ FACTS += [
 ]
 BATCHES = [FACTS[i : i + 2] for i in range(0, 20, 2)]
 AGAIN = ue.Fact("I walked from {} to the", "The  tower", "museum")
-KINDS = pytest.mark.parametrize(("history", "method"), [("hard", ONE), ("soft", SPREAD)])
+#: With a lam that is not its own inverse.
+WEIGHED = SPREAD.replace(ridge=0.5)
+KINDS = pytest.mark.parametrize(("history", "method"), [("hard", ONE), ("soft", WEIGHED)])
 
 
 @pytest.fixture

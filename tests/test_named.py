@@ -27,6 +27,7 @@ from unified_edit.errors import (
     FactError,
     InfeasibleError,
     MethodError,
+    ReportFileError,
     SharedSubjectError,
 )
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
@@ -420,3 +421,39 @@ def test_items_are_counted_once(editor) -> None:
     assert ue.Preserve(ATHENS).items == (ATHENS,) and ue.Preserve(PROMPT).weight == "exact"
     one = editor().edit([TOWER], apply=False, preserve=PROMPT)
     assert list(one.preserved.item) == [PROMPT]
+
+
+# --- where else it may be asked for -------------------------------------------------------------
+
+
+def test_batches_that_are_evaluated_preserve_as_well(
+    tiny, tiny_tokenizer, tiny_statistics, tmp_path
+) -> None:
+    records, made = [ue.Record(TOWER), ue.Record(VIENNA)], []
+    given = {"batch_size": 1, "statistics": tiny_statistics, "bootstrap": 100}
+    arguments = (tiny, tiny_tokenizer, records, ONE)
+    ue.evaluate_edits(
+        *arguments, preserve=iter(ITEMS), each=made.append, to=tmp_path / "a.jsonl", **given
+    )
+    assert len(made) == 2
+    for edit in made:
+        assert edit.provenance.preserve == "exact" and len(edit.kept) == len(ITEMS)
+        (name,) = edit.updates
+        moved = edit.updates[name].delta @ edit.preserved_keys[name]
+        assert float(moved.norm()) < 1e-10 * float(edit.updates[name].delta.norm())
+    with refused(tiny, ReportFileError, "preserve: "):
+        ue.evaluate_edits(*arguments, preserve=PROMPT, to=tmp_path / "a.jsonl", **given)
+    # it is told before the first batch
+    with refused(tiny, SharedSubjectError, "is to be preserved", VIENNA.subject):
+        ue.evaluate_edits(
+            *arguments, preserve=ue.Fact("I saw {} in", VIENNA.subject, "Oslo"),
+            each=lambda _: pytest.fail("something was edited"), **given,
+        )  # fmt: skip
+
+
+def test_what_has_no_closed_form_says_so(tiny, tiny_tokenizer, tiny_statistics) -> None:
+    with refused(tiny, MethodError, "fine_tune cannot preserve", "gradient", "edit(..., preserve"):
+        ue.fine_tune(tiny, tiny_tokenizer, TOWER, layer=1, norm=None, preserve=[PROMPT])
+    hooks = ue.HookLayers(tiny, tiny_tokenizer, method=SPREAD, statistics=tiny_statistics)
+    with refused(tiny, MethodError, "HookLayers cannot preserve", "its gate opens"):
+        hooks.edit(TOWER, preserve=[PROMPT])

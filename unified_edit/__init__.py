@@ -52,11 +52,13 @@ if TYPE_CHECKING:
         evaluate_edits,
         evaluate_made,
         figures,
+        harness_scores,
         load_records,
         locate,
         suggest_layers,
         sweep,
     )
+    from unified_edit.objective import Budget
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
 
@@ -73,8 +75,9 @@ _FLOORS = {
     "facts": "Fact Probe Record read_facts read_records",
     "measuring": (
         "Grid ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made "
-        "load_records locate suggest_layers sweep"
+        "harness_scores load_records locate suggest_layers sweep"
     ),
+    "objective": "Budget",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

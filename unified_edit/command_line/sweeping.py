@@ -17,10 +17,10 @@ from unified_edit.errors import MethodError
 from unified_edit.measuring import draw_sweep, load_records, sweep, sweep_in_processes
 from unified_edit.measuring.grid import Cell, Grid, cells_of, read_grid
 from unified_edit.measuring.grid_files import DONE, NEW, read_cells
-from unified_edit.measuring.grid_runs import Sweep
+from unified_edit.measuring.grid_table import Sweep
 
 #: Options that say what the grid is -> what `Grid` calls them.
-_OF_GRID = ("methods", "batch_sizes", "ridges", "layers", "seeds")
+_OF_GRID = ("methods", "batch_sizes", "ridges", "layers", "seeds", "histories")
 
 
 def run_sweep(args: Namespace) -> Result:
@@ -36,7 +36,9 @@ def run_sweep(args: Namespace) -> Result:
     if args.dry_run:
         return _listed(args, cells)
     records = load_records(args.records, limit=args.limit, seed=args.sample)
-    given: dict[str, Any] = {"known_only": args.known_only, **commands.ways_of(args)}
+    given: dict[str, Any] = {
+        "known_only": args.known_only, "generate": args.fluency, **commands.ways_of(args)
+    }  # fmt: skip
     if args.processes > 1:
         found = sweep_in_processes(
             commands.loading_of(args), records, grids, to=args.to, processes=args.processes,
@@ -86,6 +88,7 @@ def _listed(args: Namespace, cells: tuple[Cell, ...]) -> Result:
             "lam": _own(cell.method.ridge),
             "batch_size": cell.batch_size,
             "seed": cell.seed,
+            "history": cell.history,
             "state": known.get(cell.name, {}).get("state", NEW),
         }
         for cell in cells
@@ -106,7 +109,8 @@ def _own(value: Any) -> Any:
 
 def _found(args: Namespace, found: Sweep) -> Result:
     table, problems, missing = found.table, found.problems, found.missing
-    names = ["cell", "ES", "PS", "NS", "S", "miss", "cost", "state"]
+    shown = ("ES", "PS", "NS", "S", "GE", "ES_first")
+    names = ["cell", *(one for one in shown if one in table), "miss", "cost", "state"]
     lines = [format_table(table[names].astype({"state": str}))]
     lines += [f"{name} failed: {problem}" for name, problem in problems.items()]
     if missing:

@@ -42,7 +42,7 @@ from unified_edit.editing.presets import (
     R_ROME,
     ROME_RELEASED,
 )
-from unified_edit.editing.provenance import Outcome, Provenance, Touched
+from unified_edit.editing.provenance import Outcome, Provenance, Spent, Touched
 from unified_edit.editing.settings import DEFAULTS, SETTINGS
 from unified_edit.editing.spreading import SPREADS, Spread, shares
 from unified_edit.editing.tuning import FineTuning
@@ -53,7 +53,7 @@ __all__ = (
     "ALPHAEDIT DEFAULTS EMMET EMMET_RELEASED ENCORE KEY_MEANS MEASURED MEMIT MEMIT_REPLAY METHODS "
     "PMET PRESERVATIONS PUBLISHED P_ROME ROME ROME_RELEASED R_ROME SETTINGS SITES SPREADS Choice "
     "Contexts Edit Editor FineTuning HookBatch HookLayers HookSettings Kept Method Opened Outcome "
-    "Plan Preserve Provenance Spread Touched Undone Values compute_keys compute_values "
+    "Plan Preserve Provenance Spent Spread Touched Undone Values compute_keys compute_values "
     "context_weights edit fine_tune load_model norm_anchor_of null_space optimise_values "
     "read_values sample_prefixes shares values_for"
 ).split()

@@ -135,6 +135,12 @@ def _replayed(
                 "not recorded and cannot be solved for again; undo it, and make it again "
                 "(or leave replay=True out)"
             )
+        if edit.provenance.spent:
+            raise EditError(
+                f"edit {edit.id} was made within a budget, which goes on from what its weights "
+                "gave, and not from what they were asked for: it cannot be solved for again. Undo "
+                "it, and make it again (or leave replay=True out)"
+            )
         replaces = tuple((ids.get(id_, id_), column) for id_, column in edit.provenance.replaces)
         new = _solved_again(editor, others, [*earlier, *made], edit, replaces)
         ids[edit.id] = new.id

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unified_edit.editing.kept import Kept
 from unified_edit.editing.methods import Method
-from unified_edit.editing.provenance import Outcome, Provenance, Touched
+from unified_edit.editing.provenance import Outcome, Provenance, Spent, Touched
 from unified_edit.editing.tuning import FineTuning
 from unified_edit.errors import EditFileError, UnifiedEditError
 from unified_edit.facts import Fact
-from unified_edit.objective import Diagnosis, Update
+from unified_edit.objective import Budget, Diagnosis, Update
 
 FORMAT = "unified_edit.edit/2"
 
@@ -65,6 +65,8 @@ def description_of(edit: Recorded) -> dict[str, Any]:
         described["columns"] = list(edit.columns)
     if edit.provenance.history is None:
         del described["provenance"]["history"], described["provenance"]["replaces"]
+    if not edit.provenance.spent:
+        del described["provenance"]["spent"]
     if edit.provenance.preserve is None:
         del described["provenance"]["preserve"]
     else:
@@ -105,6 +107,10 @@ def fields_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[st
         "weights": {name: Touched(**touched) for name, touched in past["weights"].items()},
         "prefixes": tuple(past["prefixes"]),
         "replaces": tuple((str(id_), int(column)) for id_, column in past.get("replaces", ())),
+        "spent": {
+            name: Spent(Budget(**one["budget"]), float(one["cost"]))
+            for name, one in past.get("spent", {}).items()
+        },
     }
     kind = FineTuning if "norm" in meta["method"] else Method
     names = list(meta["diagnosis"])

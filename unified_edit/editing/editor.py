@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path, whole_number
+from unified_edit.editing.budgets import check_budget, with_lam
 from unified_edit.editing.consecutive import Undone, drift, retention, undo
 from unified_edit.editing.edits import Edit
+from unified_edit.editing.finished import finished
 from unified_edit.editing.histories import NO_PAST, History, Met, check_history, past_of
 from unified_edit.editing.history_files import resume, save
-from unified_edit.editing.layer_loop import (
-    Written,
-    by_column,
-    kept_of,
-    lost_again,
-    not_taken,
-    outcomes_of,
-    write,
-)
+from unified_edit.editing.layer_loop import outcomes_of, write
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.editing.named import Preserved, named_of
 from unified_edit.editing.plans import (
@@ -36,7 +28,6 @@ from unified_edit.editing.plans import (
     turns_of,
 )
 from unified_edit.editing.prefixes import Contexts, sample_prefixes
-from unified_edit.editing.provenance import Outcome, merged, provenance_of
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.errors import EditFileError, MethodError, NullSpaceError
 from unified_edit.facts import Conflict, Fact, SharedSubject, check_items, check_ways, settle
@@ -46,12 +37,11 @@ from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.likelihoods import likelihoods
 from unified_edit.model.memory import Memory, memory_of
 from unified_edit.model.prompts import Encoder
+from unified_edit.objective import Budget
 from unified_edit.statistics import KeyStatistics, statistics_for
 
 if TYPE_CHECKING:
     import pandas as pd
-
-log = logging.getLogger(__name__)
 
 #: What C0 is shrunk by where keys of new facts reach into directions that no preserved key has.
 SHRINKAGE = 1e-3
@@ -69,6 +59,8 @@ class Editor:
     method, statistics, seed, on_shared_subject, on_conflict: used where `edit` is given none.
     history: how what the active edits wrote counts for the next one (`histories`): "soft", "hard",
         or None, not at all. The updates of all batches then add up to one solution of all pairs.
+    budget: beside a "soft" history lam comes from it, not from the method (LyapLock; `budgets`).
+        `Edit.provenance.spent` says what each weight has spent. Such edits are not replayed.
     """
 
     def __init__(
@@ -82,15 +74,18 @@ class Editor:
         on_shared_subject: SharedSubject = "raise",
         on_conflict: Conflict = "raise",
         history: History | None = None,
+        budget: Budget | None = None,
     ) -> None:
         check_ways(on_shared_subject, on_conflict)
         check_history(history)
+        check_budget(budget, history)
         self.ledger: Ledger = ledger_of(model)
         self.memory: Memory = memory_of(model)
         self.tokenizer, self.method, self.seed = tokenizer, method, seed
         self.statistics = statistics
         self.on_shared_subject, self.on_conflict = on_shared_subject, on_conflict
         self.history: History | None = history
+        self.budget = budget
 
     @property
     def model(self) -> PreTrainedModel:
@@ -200,14 +195,14 @@ class Editor:
                 f"method is a {type(method).__name__}; give a Method such as unified_edit.EMMET"
             )
         parts = anatomy(self.model)  # once a call: something may have wrapped or compiled it
-        resolved = method.resolve(parts)
+        resolved = with_lam(method.resolve(parts), self.budget, preserve)
         assert resolved.layers is not None
         self.ledger.verify()
         state = self.ledger.state()  # looks for NaN too, where the weights are new
         past, met = NO_PAST, Met(given, [], ())
         if batch and self.history is not None:
             past, met = past_of(
-                self.active, self.memory, self.history, given, resolved, way, conflict
+                self.active, self.memory, self.history, given, resolved, way, conflict, self.budget
             )
         items, notes = met.facts, [*notes, *met.notes]
         check_value_is_read(parts, items, resolved)
@@ -269,7 +264,8 @@ class Editor:
                 made = write(parts, self.ledger, plan, statistics, values)
                 made.warnings.insert(0, f"{problem}. C0 was shrunk by {SHRINKAGE:g} for this edit")
             outcomes = outcomes_of(plan, made, before)
-            edit = self._finish(plan, made, outcomes, statistics, seed)
+            number = int(self.seed if seed is None else seed)
+            edit = finished(self.ledger, plan, made, outcomes, statistics, number)
             if apply:
                 edit.apply()
             return edit
@@ -306,43 +302,3 @@ class Editor:
             found = statistics.shrunk(SHRINKAGE).factored()
             self.memory.put(key, found, found.nbytes)
         return found
-
-    def _finish(
-        self,
-        plan: Plan,
-        made: Written,
-        outcomes: tuple[Outcome, ...],
-        statistics: KeyStatistics,
-        seed: int | None,
-    ) -> Edit:
-        """The edit with its record."""
-        updates = {name: merged(each) for name, each in made.updates.items()}
-        lost = lost_again(plan, made)
-        warnings = [*plan.notes, *made.warnings, *lost, *not_taken(plan.facts, outcomes)]
-        for warning in warnings:
-            log.warning("%s", warning)
-        return Edit(
-            facts=plan.facts,
-            method=plan.method,
-            updates=updates,
-            keys=by_column(plan, made.keys),
-            columns=plan.columns,
-            targets=by_column(plan, made.targets),
-            kept=kept_of(plan, made, self.ledger, updates),
-            preserved_keys=made.preserved,
-            outcomes=outcomes,
-            provenance=provenance_of(
-                self.ledger,
-                plan.weights,
-                updates,
-                state=plan.state,
-                seed=int(self.seed if seed is None else seed),
-                prefixes=plan.rows.prefixes,
-                statistics=asdict(statistics.source),
-                on_shared_subject=plan.on_shared_subject,
-                history=plan.past.kind,
-                replaces=plan.replaces,
-                preserve=plan.named.given.weight if plan.named else None,
-            ),
-            warnings=tuple(warnings),
-        ).bound_to(self.model)

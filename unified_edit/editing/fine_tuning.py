@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from unified_edit.arguments import whole_number
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.keys import keys_of
+from unified_edit.editing.named import check_none
 from unified_edit.editing.provenance import Outcome, provenance_of
 from unified_edit.editing.tuning import FineTuning, tuned
 from unified_edit.errors import EditError, ModelError
@@ -38,6 +39,7 @@ def fine_tune(
     weight_decay: float = 0.0,
     batch_size: int = 128,
     apply: bool = True,
+    preserve: None = None,
 ) -> Edit:
     """Fine-tune the down-projection of one block on facts: the papers' baseline, as an `Edit`.
 
@@ -59,11 +61,19 @@ def fine_tune(
     its form is "fine-tuning"; the losses of an outcome are those of the fact at each pass, its
     `clamped` says whether any entry of Delta stands at `norm`, and `relative_norm` is NaN.
 
+    preserve: what `edit` preserves by name has no counterpart here, and is refused.
+
     Raises FactError for facts that contradict each other or cannot be tokenised, MethodError for
     settings out of range, ModelError for a model or layer that cannot be edited, EditError if the
     loss is not finite or nothing is to be done. The model is then, and with `apply=False`, bit for
     bit as it was.
     """
+    check_none(
+        preserve,
+        "fine_tune",
+        "it goes down a gradient, and what that does to a key is known only afterwards; a closed "
+        "form holds Delta k = 0",
+    )
     parts, items = anatomy(model), check_batch(facts)
     place = whole_number(layer, "fine_tune: layer", ModelError)
     how = FineTuning(

@@ -19,7 +19,7 @@ out of it when a later edit writes its facts anew, and is there again when that 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -31,7 +31,7 @@ from unified_edit.facts import Conflict, Fact, SharedSubject, subject_key
 from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.ledger import Entry, Ledger
 from unified_edit.model.memory import Memory
-from unified_edit.objective import Held, Metric, MetricProtocol, Update
+from unified_edit.objective import Budget, Held, Metric, MetricProtocol, Update
 from unified_edit.statistics import KeyStatistics
 
 #: How the keys of earlier edits count: not at all, as a cost, or as a condition.
@@ -52,12 +52,16 @@ def check_history(history: object) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """What an earlier batch wrote: its facts, their columns, and the keys of each weight."""
+    """What an earlier batch wrote: its facts, their columns, and the keys of each weight.
+
+    targets: V of each weight, where there was a history.
+    """
 
     id: str
     facts: tuple[Fact, ...]
     columns: tuple[int, ...]
     keys: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
 
     def columns_with(self, facts: Sequence[Fact]) -> set[int]:
         """The columns in which a subject of these facts stands."""
@@ -75,7 +79,8 @@ class Past:
 
     dropped: the columns that do not count any more. origin: what, besides the keys, the metrics
     made from them depend on; they are kept in `memory`. Batches of the edit in the making
-    (`and_then`) are not.
+    (`and_then`) are not. budgets: {name of a weight: its `Budget`}, and under "" that of weights
+    without one; empty where lam is the method's.
     """
 
     kind: History | None = None
@@ -83,6 +88,7 @@ class Past:
     dropped: frozenset[Column] = frozenset()
     origin: Hashable = None
     memory: Memory | None = None
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
     _made: dict[str, tuple[tuple[Any, ...], MetricProtocol]] = field(default_factory=dict)
 
     def metric(self, base: MetricProtocol, weight: NamedWeight, ridge: float) -> MetricProtocol:
@@ -95,7 +101,7 @@ class Past:
             return base
         if self.kind == "soft" and ridge == 0:
             raise no_weight()
-        wanted = tuple(self._kept(weight.name))
+        wanted = tuple(self.kept(weight.name))
         lam = ridge if self.kind == "soft" else 0.0
         count, metric = self._known(weight.name, lam, wanted, base)
         by_id = {batch.id: batch.keys.get(weight.name) for batch in self.batches}
@@ -110,7 +116,7 @@ class Past:
             self.memory.put(self._key(weight.name, lam, wanted), metric, _size(metric))
         return metric
 
-    def and_then(self, batch: Batch, coming: Sequence[Fact]) -> Past:
+    def and_then(self, batch: Batch, coming: Sequence[Fact], budgets: Mapping[str, Budget]) -> Past:
         """With one more batch, of the edit in the making, for which `coming` are the next facts.
 
         What it and the others of this edit wrote about their subjects does not count for them.
@@ -120,11 +126,10 @@ class Past:
         for one in batches:
             if turn(one.id):
                 dropped |= {(one.id, column) for column in one.columns_with(coming)}
-        return Past(
-            self.kind, batches, frozenset(dropped), self.origin, self.memory, self._made
-        )  # fmt: skip
+        budgets = {**self.budgets, **budgets}
+        return replace(self, batches=batches, dropped=frozenset(dropped), budgets=budgets)
 
-    def _kept(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def kept(self, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The columns that count of each batch that touched a weight."""
         for batch in self.batches:
             columns = sorted(set(batch.columns) - {c for id_, c in self.dropped if id_ == batch.id})
@@ -187,7 +192,9 @@ def origin_of(statistics: KeyStatistics, method: Method) -> Hashable:
 
 def batches_of(active: Sequence[Edit]) -> tuple[Batch, ...]:
     """What the active edits wrote, in order."""
-    return tuple(Batch(edit.id, edit.facts, edit.columns, edit.keys) for edit in active)
+    return tuple(
+        Batch(edit.id, edit.facts, edit.columns, edit.keys, edit.targets) for edit in active
+    )
 
 
 def replaced_by(active: Sequence[Edit]) -> frozenset[Column]:
@@ -278,16 +285,24 @@ def past_of(
     method: Method,
     on_shared_subject: SharedSubject,
     on_conflict: Conflict,
+    budget: Budget | None = None,
 ) -> tuple[Past, Met]:
     """What the active edits wrote that counts for a new batch, and what becomes of its facts.
 
+    budget: what lam comes from, if not from the method; each weight goes on with its own queue.
     Raises MethodError for a soft history of an equality, and what `meet` raises.
     """
     if history == "soft" and method.ridge_for(len(facts)) == 0:
         raise no_weight()
     batches, gone = batches_of(active), replaced_by(active)
     met = meet(facts, batches, gone, method, history, on_shared_subject, on_conflict)
-    return Past(history, batches, gone | set(met.replaces), memory=memory), met
+    budgets = {}
+    if budget is not None:
+        budgets = {"": budget}
+        for edit in active:
+            for name, one in edit.provenance.spent.items():
+                budgets[name] = replace(budget, queue=one.after.queue, first=one.after.first)
+    return Past(history, batches, gone | set(met.replaces), memory=memory, budgets=budgets), met
 
 
 def updates_at(weight: NamedWeight, entries: Sequence[Entry]) -> list[Update]:

@@ -57,6 +57,7 @@ from unified_edit.editing.hook_writing import (
 from unified_edit.editing.hooks_beside import HooksBeside, HookSettings
 from unified_edit.editing.layer_loop import Written, lost_again, not_taken, outcomes_of
 from unified_edit.editing.methods import MEMIT, Method
+from unified_edit.editing.named import check_none
 from unified_edit.editing.plans import Plan, check_statistics, checked_values
 from unified_edit.editing.values import Values
 from unified_edit.errors import EditError, MethodError
@@ -136,15 +137,28 @@ class HookLayers(HooksBeside):
 
     # -- batches ------------------------------------------------------------------------------
 
-    def edit(self, facts: Iterable[Fact] | Fact, *, values: Values | None = None) -> HookBatch:
+    def edit(
+        self,
+        facts: Iterable[Fact] | Fact,
+        *,
+        values: Values | None = None,
+        preserve: None = None,
+    ) -> HookBatch:
         """Write a batch beside the weights, on top of the earlier ones; attached if they were not.
 
         values: from `Editor.optimise_values` with these hooks in force, `method` and seed.
+        preserve: refused; what no gate opens for is as it was, to the last bit.
 
         Raises what `unified_edit.edit` raises, ContradictionError for a fact that contradicts one
         of an earlier batch too, ModelChangedError as `attach`. On any failure the hooks and all
         that they have accumulated are as before.
         """
+        check_none(
+            preserve,
+            "HookLayers",
+            "a token is moved where its gate opens and nowhere else, and q says how often that "
+            "happens; no weight is written that could be held",
+        )
         ledger, hooks = self._editor.ledger, self._hooks
         with quiet(self.model), ledger.rollback(), hooks.rollback():
             self.attach()

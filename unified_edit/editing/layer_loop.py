@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from unified_edit.editing.budgets import within_budget
 from unified_edit.editing.histories import (
     NO_PAST,
     Batch,
@@ -22,7 +23,7 @@ from unified_edit.editing.methods import Method
 from unified_edit.editing.named import check_free, counted
 from unified_edit.editing.plans import Plan, check_subjects, merged_subjects
 from unified_edit.editing.preservations import metric_of
-from unified_edit.editing.provenance import Outcome
+from unified_edit.editing.provenance import Outcome, Spent
 from unified_edit.editing.residuals import divided_residual, goals_of, missing
 from unified_edit.editing.sinks import check_first_place
 from unified_edit.editing.spreading import shares
@@ -43,6 +44,7 @@ class Written:
     updates, keys, targets: by name of a weight, one for each turn; the targets are the V of a
     history, and there is none without. after: the likelihood of each target with
     all of them. took: whether greedy decoding gave it after its own turn, if that was asked.
+    spent: by name of a weight, within a budget of preservation, after the last turn.
     preserved: K_p of what is preserved by name, by name of a weight, as its last turn read it;
     said, says: what the model says behind those prompts before and with all.
     """
@@ -53,6 +55,7 @@ class Written:
     values: list[Values] = field(default_factory=list)
     after: list[Likelihood] = field(default_factory=list)
     took: list[bool] = field(default_factory=list)
+    spent: dict[str, Spent] = field(default_factory=dict)
     preserved: dict[str, Tensor] = field(default_factory=dict)
     said: list[Said] = field(default_factory=list)
     says: list[Said] = field(default_factory=list)
@@ -85,8 +88,10 @@ def write(
             if number and past.kind is not None:
                 keys = {name: each[-1] for name, each in made.keys.items()}
                 before = turns[number - 1]
-                batch = Batch(f"turn {number}", before.facts, before.columns, keys)
-                past = past.and_then(batch, turn.facts)
+                values_then = {name: each[-1] for name, each in made.targets.items()}
+                batch = Batch(f"turn {number}", before.facts, before.columns, keys, values_then)
+                budgets = {name: one.after for name, one in made.spent.items()}
+                past = past.and_then(batch, turn.facts, budgets)
             write_one(parts, turn, statistics, values, made, add, past, ledger)
             if watched:
                 made.took += [found.greedy for found in likelihoods(parts, turn.rows.bare)]
@@ -148,19 +153,26 @@ def write_one(
         residual = residual / parts.gain(goal.layer, method.site(parts, goal.layer))
         residual = divided_residual(parts, plan, weight, metric, keys, residual)
         asked = share * residual
-        with counted(plan.named):
-            update = solve(
-                metric,
-                keys,
-                asked,
-                ridge=ridge,
-                infeasible=method.infeasible,
-                names=names,
+        turns = made.updates.get(weight.name, [])
+        if past.budgets and ledger is not None:
+            update, given, made.spent[weight.name] = within_budget(
+                past, metric, weight, keys, asked, ledger, turns
             )
-        if past.kind is not None and ledger is not None:
-            written = [*updates_at(weight, ledger.active), *made.updates.get(weight.name, [])]
-            now = values_of(ledger, weight, keys, written)
-            made.targets.setdefault(weight.name, []).append(now + asked)
+            made.targets.setdefault(weight.name, []).append(given)
+        else:
+            with counted(plan.named):
+                update = solve(
+                    metric,
+                    keys,
+                    asked,
+                    ridge=ridge,
+                    infeasible=method.infeasible,
+                    names=names,
+                )
+            if past.kind is not None and ledger is not None:
+                written = [*updates_at(weight, ledger.active), *turns]
+                now = values_of(ledger, weight, keys, written)
+                made.targets.setdefault(weight.name, []).append(now + asked)
         add(weight, update)
         made.updates.setdefault(weight.name, []).append(update.to("cpu"))
         made.keys.setdefault(weight.name, []).append(keys)
@@ -177,7 +189,8 @@ def _metric(
     """What an update costs at a weight, on the model as edited so far; `made` gets K_p."""
     method = plan.method
     metric = metric_of(method.preservation, method.norm_weight or 0.0, statistics, weight)
-    metric = past.metric(metric, weight, plan.ridge)
+    if not past.budgets:  # there, earlier keys are solved for, not weighed
+        metric = past.metric(metric, weight, plan.ridge)
     if plan.named is None:
         return metric
     kept = plan.named.keys(parts, weight.layer, method.key_mean)

@@ -85,6 +85,21 @@ class Preserve:
 Preserved = Preserve | Iterable[Fact | str] | Fact | str
 
 
+def as_preserve(preserve: Preserved | None) -> Preserve | None:
+    """What a caller names, as a `Preserve`; None where nothing is named. Raises what that does."""
+    if preserve is None or isinstance(preserve, Preserve):
+        return preserve
+    return Preserve(preserve)  # type: ignore[arg-type]
+
+
+def check_none(preserve: object, who: str, why: str) -> None:
+    """Raise MethodError if `who` is asked to preserve something by name, which it cannot."""
+    if preserve is not None:
+        raise MethodError(
+            f"{who} cannot preserve by name: {why}. Use edit(..., preserve=...), or leave it out"
+        )
+
+
 def _checked(item: object) -> Fact | str:
     if isinstance(item, Fact):
         return item
@@ -169,13 +184,13 @@ def named_of(
     that is written as well; SharedSubjectError for a fact whose subject has a new value, if it is
     to be preserved exactly.
     """
-    if preserve is None:
+    given = as_preserve(preserve)
+    if given is None:
         return None
-    given = preserve if isinstance(preserve, Preserve) else Preserve(preserve)  # type: ignore[arg-type]
     facts = [item for item in given.items if isinstance(item, Fact)]
     texts = [item for item in given.items if not isinstance(item, Fact)]
     rows, prompts = encoder.fact_rows(facts, written.prefixes), encoder.prompts(texts)
-    notes = _meeting_facts(given, facts, written) + _meeting_prompts(
+    notes = meeting_facts(given, written.facts) + _meeting_prompts(
         given, list(zip(texts, prompts, strict=True)), written, causal
     )
     # where what stands at a token depends on those before it alone, equal beginnings are one key
@@ -203,12 +218,12 @@ def named_of(
     )
 
 
-def _meeting_facts(given: Preserve, facts: Sequence[Fact], written: FactRows) -> list[str]:
+def meeting_facts(given: Preserve, written: Sequence[Fact]) -> list[str]:
     """Notes on facts whose subject is that of an edited one; raises where both cannot hold."""
     notes = []
-    of_subject = {subject_key(fact): fact for fact in written.facts}
-    texts = {(fact.text, subject_key(fact)): fact for fact in written.facts}
-    for fact in facts:
+    of_subject = {subject_key(fact): fact for fact in written}
+    texts = {(fact.text, subject_key(fact)): fact for fact in written}
+    for fact in (item for item in given.items if isinstance(item, Fact)):
         same = texts.get((fact.text, subject_key(fact)))
         if same is not None:
             raise _contradiction(same, fact.text)

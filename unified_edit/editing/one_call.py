@@ -14,6 +14,7 @@ from unified_edit.editing.named import Preserved
 from unified_edit.editing.values import Values
 from unified_edit.facts import Conflict, Fact, SharedSubject
 from unified_edit.model.anatomy import Tokenizer
+from unified_edit.objective import Budget
 from unified_edit.statistics import KeyStatistics
 
 
@@ -30,6 +31,7 @@ def edit(
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
     history: History | None = None,
+    budget: Budget | None = None,
     preserve: Preserved | None = None,
 ) -> Edit:
     """Write facts into the model; return the `Edit`, which can be undone, saved and exported.
@@ -56,6 +58,7 @@ def edit(
         "soft": what it does to their keys costs as much as what it misses of its own facts, which
         needs a ridge; "hard": it may not change what they gave. Their facts are then held against
         the new ones by the two rules above. See `Editor`.
+    budget: beside history="soft", lets lam rise while earlier batches cost more than it allows.
     preserve: facts and prompts whose values are to stay as they are, exactly; or `Preserve` of
         them with a weight. Their keys are read at each edited layer as those of the facts are; for
         this edit alone, later ones are to name them again. `Edit.preserved` says how far each
@@ -70,7 +73,7 @@ def edit(
     """
     editor = Editor(
         model, tokenizer, seed=seed, on_shared_subject=on_shared_subject,
-        on_conflict=on_conflict, history=history,
+        on_conflict=on_conflict, history=history, budget=budget,
     )  # fmt: skip
     return editor.edit(
         facts, method, statistics=statistics, values=values, apply=apply, preserve=preserve

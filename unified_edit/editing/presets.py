@@ -34,6 +34,9 @@ ALPHAEDIT = MEMIT.replace(name="AlphaEdit", preset="AlphaEdit", preservation="nu
 #: ||Delta||; its history is history="soft".
 ENCORE = MEMIT.replace(name="ENCORE", preset="ENCORE", norm_weight=None, prob_cutoff=None)
 
+# LyapLock (arXiv 2505.15702) is none of these: its lam rises from batch to batch, so that it is
+# MEMIT in an ``Editor(..., history="soft", budget=Budget())``.
+
 #: By name, for the command line.
 METHODS = {
     method.name: method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from unified_edit.facts import SharedSubject
 from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.ledger import Entry, Ledger
-from unified_edit.objective import Diagnosis, Update
+from unified_edit.objective import Budget, Diagnosis, Update
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,23 @@ class Touched:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a batch was written with at one weight, within a budget of preservation.
+
+    budget: as it was then; its `ridge` is the lam of that batch. cost: tr(Delta C0 Delta^T) of the
+    sum of all updates, with this one.
+    """
+
+    budget: Budget
+    cost: float
+
+    @property
+    def after(self) -> Budget:
+        """The budget for the next batch."""
+        return self.budget.after(self.cost)
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Where an edit comes from.
 
@@ -46,7 +63,8 @@ class Provenance:
     on_shared_subject: what was to be done with facts of one subject.
     history: how the keys of earlier edits counted. replaces: their columns, (id, number), whose
     facts this edit writes anew. preserve: the weight of what was preserved by name (`Edit.kept`),
-    "exact" or a number; None where nothing was.
+    "exact" or a number; None where nothing was. spent: {name of a weight: `Spent`} of an edit that
+    was made within a budget.
     """
 
     fingerprint: str
@@ -63,6 +81,7 @@ class Provenance:
     history: str | None = None
     replaces: tuple[tuple[str, int], ...] = ()
     preserve: float | Literal["exact"] | None = None
+    spent: Mapping[str, Spent] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,7 @@ def provenance_of(
     history: str | None = None,
     replaces: tuple[tuple[str, int], ...] = (),
     preserve: float | Literal["exact"] | None = None,
+    spent: Mapping[str, Spent] | None = None,
 ) -> Provenance:
     """The record of an edit of the ledger's model, which does not hold it yet."""
     alone, parts = Alone("alone", updates), ledger.parts
@@ -202,4 +222,5 @@ def provenance_of(
         history=history,
         replaces=replaces,
         preserve=preserve,
+        spent=dict(spent or {}),
     )

@@ -7,8 +7,10 @@ from unified_edit.measuring.evaluation import evaluate, evaluate_edits
 from unified_edit.measuring.generation import Generation, complete, ngram_entropy
 from unified_edit.measuring.grid import Cell, Grid, read_grid
 from unified_edit.measuring.grid_figures import draw_sweep
-from unified_edit.measuring.grid_runs import Sweep, sweep
+from unified_edit.measuring.grid_runs import sweep
+from unified_edit.measuring.grid_table import Sweep
 from unified_edit.measuring.grid_workers import sweep_in_processes
+from unified_edit.measuring.harness import harness_scores
 from unified_edit.measuring.made_edits import evaluate_made
 from unified_edit.measuring.questions import Question, Sheet
 from unified_edit.measuring.record_sets import load_records
@@ -23,7 +25,7 @@ from unified_edit.measuring.tracing import locate, subject_sigma
 __all__ = (
     "END FIRST LAST PLACES Average BatchReport Cell Generation Grid Prompt Question Report Score "
     "Sheet Suggestion Sweep Trace TracedFact ask compare complete draw_sweep evaluate "
-    "evaluate_batches evaluate_edits evaluate_made figures grid_figures harmonic_mean load_records "
-    "locate ngram_entropy read_grid read_prompt reference_scores subject_sigma suggest_layers "
-    "summarise sweep sweep_in_processes to_table"
+    "evaluate_batches evaluate_edits evaluate_made figures grid_figures harmonic_mean "
+    "harness_scores load_records locate ngram_entropy read_grid read_prompt reference_scores "
+    "subject_sigma suggest_layers summarise sweep sweep_in_processes to_table"
 ).split()

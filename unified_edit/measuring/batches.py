@@ -23,20 +23,22 @@ from unified_edit.editing.histories import History
 from unified_edit.editing.methods import EMMET, Method
 from unified_edit.errors import MethodError, ReportFileError
 from unified_edit.facts import Conflict, Record, SharedSubject
+from unified_edit.measuring.generation import Generation, generated_rows
 from unified_edit.measuring.questions import Sheet
-from unified_edit.measuring.report import to_table
+from unified_edit.measuring.report import Report, to_table
 from unified_edit.measuring.scores import AFTER, BEFORE, check_bootstrap, summarise
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet
 from unified_edit.model.progress import progress
 from unified_edit.model.tensor_files import written_whole
+from unified_edit.objective import Budget
 from unified_edit.statistics import KeyStatistics
 
 if TYPE_CHECKING:
     import pandas as pd
 
 #: The scores of `BatchReport.table`.
-SHOWN = ("ES", "PS", "NS", "S", "GS")
+SHOWN = ("ES", "PS", "NS", "S", "GS", "GE")
 
 RUN, RUN_KIND = "run.json", "unified_edit.run/1"
 
@@ -62,8 +64,9 @@ class BatchReport:
         """The scores after each measured number of batches: of all facts so far, of the first batch
         and of the last one.
 
-        Columns: batches, facts (written so far), of, ES, PS, NS, S, GS (values; intervals are in
-        `scores`), weights (the largest norm(sum of Delta) / norm(W0) of a layer).
+        Columns: batches, facts (written so far), of, ES, PS, NS, S, GS, and GE where texts were
+        written (values; intervals are in `scores`), weights (the largest norm(sum of Delta) /
+        norm(W0) of a layer).
         """
         import pandas as pd
 
@@ -97,6 +100,26 @@ class BatchReport:
             asked = asked[asked["record"] >= self.batch_size * (max(batches, 1) - 1)]
         return dict(summarise(asked, bootstrap=self.bootstrap, seed=self.seed))
 
+    @cached_property
+    def report(self) -> Report:
+        """The base and the model with all batches, as a `Report`."""
+        last = self.answers[self.answers["batches"].isin((0, self.answers["batches"].max()))]
+        rows = last.drop(columns="batches").reset_index(drop=True)
+        return Report(rows, self.bootstrap, self.seed)
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str], *, bootstrap: int = 2000) -> BatchReport:
+        """What `evaluate_batches` has written to a folder so far; its `edits` stay in their files.
+
+        Raises ReportFileError for a folder that cannot be read, or holds something else.
+        """
+        place = as_path(folder, "folder", ReportFileError)
+        if not (place / RUN).exists():
+            raise ReportFileError(f"{place} holds no {RUN}; give the folder that a run wrote to")
+        kind = {"kind": RUN_KIND}
+        measured, about = _begun(place, kind), _run_of(place)
+        return _reported(measured, about["batch_size"], (), bootstrap, about["seed"])
+
 
 def evaluate_batches(
     model: PreTrainedModel,
@@ -106,37 +129,38 @@ def evaluate_batches(
     *,
     batch_size: int,
     history: History | None = None,
+    budget: Budget | None = None,
     every: int = 1,
     statistics: KeyStatistics | None = None,
     seed: int = 0,
     bootstrap: int = 2000,
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
+    generate: bool | Generation = False,
     to: str | os.PathLike[str] | None = None,
 ) -> BatchReport:
     """Write `batch_size` records after the others into one model, and ask about all so far.
 
     Unlike in `evaluate_edits`, what was written stays. Each batch is made on the model as edited so
-    far; how much it minds the earlier ones is its `history`, as in `Editor`. After every `every`
-    batches, and at the end, all records written so far are asked.
+    far; how much it minds the earlier ones is its `history`, with or without a `budget`, as in
+    `Editor`. After every `every` batches, and at the end, all records written so far are asked.
 
     to: a folder in which the edits and answers are kept as they come; called again with the same
         arguments, it goes on after the last batch there. statistics, seed, on_shared_subject,
-        on_conflict: as in `edit`. bootstrap: as in `evaluate`.
+        on_conflict: as in `edit`. bootstrap, generate: as in `evaluate`.
 
     Edits active when it is called are taken out meanwhile and put back bit for bit, also on
     failure. Raises what `edit` and `evaluate` raise, and ReportFileError for a folder of something
     else.
     """
-    import pandas as pd
-
     bootstrap, seed = check_bootstrap(bootstrap), whole_number(seed, "seed", MethodError, least=0)
     size = whole_number(batch_size, "batch_size", MethodError, least=1)
     step = whole_number(every, "every", MethodError, least=1)
+    texts = Generation.wanted(generate, seed)
     sheet = Sheet.of(model, tokenizer, records)
     editor = Editor(
         model, tokenizer, method=method, statistics=statistics, seed=seed, history=history,
-        on_shared_subject=on_shared_subject, on_conflict=on_conflict,
+        budget=budget, on_shared_subject=on_shared_subject, on_conflict=on_conflict,
     )  # fmt: skip
     total = math.ceil(len(sheet.records) / size)
     folder = None if to is None else as_path(to, "to", ReportFileError)
@@ -148,7 +172,16 @@ def evaluate_batches(
         "every": step, "seed": seed, "on_shared_subject": on_shared_subject,
         "on_conflict": on_conflict,
         "statistics": None if statistics is None else asdict(statistics.source),
+        "budget": None if budget is None else asdict(budget),
+        "generate": None if texts is None else asdict(texts),
     }  # fmt: skip
+
+    def asked(when: str, records: range) -> list[dict[str, Any]]:
+        rows = sheet.rows(when, records)
+        if texts is not None:
+            rows += generated_rows(sheet, tokenizer, when, records, texts)
+        return rows
+
     measured: dict[int, dict[str, Any]] = {}
     with quiet(model), editor.ledger.base_state():
         if folder is not None:
@@ -156,7 +189,7 @@ def evaluate_batches(
             if measured and (folder / "history.json").exists():
                 editor.resume(folder)
         if 0 not in measured:
-            _keep(folder, measured, 0, sheet.rows(BEFORE, range(len(sheet.records))), {})
+            _keep(folder, measured, 0, asked(BEFORE, range(len(sheet.records))), {})
         with progress("editing batch after batch", total, "batch") as bar:
             for number in range(1, total + 1):
                 done = min(number * size, len(sheet.records))
@@ -168,9 +201,21 @@ def evaluate_batches(
                 due = number % step == 0 or number == total
                 # what was killed between a batch and its answers is asked now, if nothing followed
                 if due and number not in measured and number == len(editor.active):
-                    _keep(folder, measured, number, sheet.rows(AFTER, range(done)), _moved(editor))
+                    _keep(folder, measured, number, asked(AFTER, range(done)), _moved(editor))
                 bar.update()
         edits = editor.active
+    return _reported(measured, size, edits, bootstrap, seed)
+
+
+def _reported(
+    measured: dict[int, dict[str, Any]],
+    size: int,
+    edits: tuple[Edit, ...],
+    bootstrap: int,
+    seed: int,
+) -> BatchReport:
+    import pandas as pd
+
     tables = [to_table(kept["rows"]).assign(batches=n) for n, kept in sorted(measured.items())]
     weights = {
         number: {int(layer): moved for layer, moved in kept["weights"].items()}
@@ -223,7 +268,7 @@ def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]
         if not path.exists():
             with written_whole(path) as temporary:
                 temporary.write_text(json.dumps(made_from, indent=1), encoding="utf-8")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _run_of(folder)
         other = [name for name in wanted if found.get(name) != wanted[name]]
         if other:
             raise ReportFileError(
@@ -244,6 +289,11 @@ def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]
             f"{folder} cannot be used for a run ({problem!r}); give another folder"
         ) from problem
     return measured
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    """What the run of a folder was made from."""
+    return dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
 
 
 def _read(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from unified_edit.arguments import is_flag, whole_number
 from unified_edit.editing.editor import Editor
 from unified_edit.editing.edits import Edit
 from unified_edit.editing.methods import EMMET, Method
+from unified_edit.editing.named import Preserve, Preserved, as_preserve, meeting_facts
 from unified_edit.editing.plans import check_subjects
 from unified_edit.editing.values import Values
 from unified_edit.editing.values_cache import values_for
@@ -114,6 +115,7 @@ def evaluate_edits(
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
     generate: bool | Generation = False,
+    preserve: Preserved | None = None,
     each: Callable[[Edit], object] | None = None,
 ) -> Report:
     """Edit `batch_size` records at a time into the base model, measure each batch, undo it.
@@ -131,6 +133,8 @@ def evaluate_edits(
         to a file can be gone on with after hours, so values are kept on disk too then, as
         `unified_edit.editing.values_for` does.
     on_shared_subject, on_conflict: as in `edit`, for each batch. generate: as in `evaluate`.
+    preserve: as in `edit`, for each batch: a fact of which the subject is edited in any batch of a
+        list is refused before the work begins.
     each: called with every edit that is made, before it is measured. A batch whose answers are in
         the file already is not made again; one that was interrupted is, and is the same edit.
 
@@ -147,13 +151,15 @@ def evaluate_edits(
     given = {"on_shared_subject": on_shared_subject, "on_conflict": on_conflict}
     # one fact shares nothing and contradicts nothing
     ways = {name: way for name, way in given.items() if size > 1 and way != "raise"}
-    texts = Generation.wanted(generate, seed)
+    texts, kept = Generation.wanted(generate, seed), as_preserve(preserve)
     source = RecordSource(model, tokenizer, records)
     editor = Editor(model, tokenizer, seed=seed)
     resolved = method.resolve(editor.parts)
     if source.given is not None and not known_only:
         for start in range(0, len(source.given), size):
             _facts_of(resolved, source.given[start : start + size], ways)
+        if kept is not None:
+            meeting_facts(kept, [record.fact for record in source.given])
     made_from = _made_from([BEFORE, AFTER], seed, known_only, texts)
     if to is not None:
         made_from |= _origin(
@@ -163,6 +169,7 @@ def evaluate_edits(
             batch_size=size,
             **given,
             statistics=repr(getattr(statistics, "source", statistics)),
+            **({} if kept is None else {"preserve": repr(kept)}),
         )
     with (
         AnswerLines(made_from, bootstrap=bootstrap, to=to) as lines,
@@ -176,7 +183,7 @@ def evaluate_edits(
             asking = Asking(lines, known_only, bar, tokenizer, texts)
             together = not ways and (size == 1 or not resolved.sequential)
             editing = _Editing(
-                editor, resolved, statistics, ways, together, to is not None, asking, each
+                editor, resolved, statistics, ways, together, to is not None, asking, each, kept
             )
             waiting: list[tuple[int, Record]] = []
             for sheet in source.sheets():
@@ -226,6 +233,7 @@ class _Editing:
     on_disk: bool
     asking: Asking
     each: Callable[[Edit], object] | None = None
+    preserve: Preserve | None = None
 
     def batches(self, batches: Sequence[Sequence[tuple[int, Record]]]) -> None:
         """Edit and measure some batches, whose values are optimised together where they can be."""
@@ -250,6 +258,7 @@ class _Editing:
                     statistics=self.statistics,
                     values=values,
                     apply=False,
+                    preserve=self.preserve,
                     **self.ways,
                 )
                 if self.each is not None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 from unified_edit.arguments import as_list, as_path, real_number, whole_number
 from unified_edit.editing.methods import Method
@@ -19,13 +19,17 @@ from unified_edit.errors import MethodError, brief
 #: Layers of one cell: None are the method's own for the model.
 Layers = tuple[int, ...] | None
 
+#: What becomes of the batches of a cell: each is edited into the base and taken out again, or they
+#: follow each other into one model ("blind": without a history; "soft", "hard": with that one).
+Course = Literal["base", "blind", "soft", "hard"]
+
 
 @dataclass(frozen=True)
 class Cell:
     """One evaluation of a grid: a method with these settings, so many records at a time.
 
     method: with this cell's ridge and layers in it. ridge, layers: as the grid names them; None is
-    the method's own.
+    the method's own. history: what becomes of its batches (`Course`).
     """
 
     method: Method
@@ -33,11 +37,13 @@ class Cell:
     ridge: float | None = None
     layers: Layers = None
     seed: int = 0
+    history: Course = "base"
 
     @property
     def name(self) -> str:
         """What the cell and its folder are called: ``EMMET_b10_lam0.5_l13-14_s0``."""
         parts = [re.sub(r"[^\w.+-]", "-", self.method.name), f"b{self.batch_size}"]
+        parts += [] if self.history == "base" else [self.history]
         parts += [] if self.ridge is None else [f"lam{self.ridge:.12g}"]
         parts += [] if self.layers is None else ["l" + "-".join(map(str, self.layers))]
         return "_".join([*parts, f"s{self.seed}"])
@@ -56,13 +62,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every combination of some methods, batch sizes, ridges, layers and seeds.
+    """Every combination of some methods, batch sizes, ridges, layers, seeds and histories.
 
     methods: each a `Method`, or the name of one in `METHODS`. batch_sizes: records edited together.
     ridges: lam of the least-squares form per mean C0, 0 the equality; None is the method's own.
     layers: groups of blocks such as (13, 14, 15), and single blocks; None are the method's own for
         the model.
     seeds: of the prefixes and of the intervals.
+    histories: what becomes of batches. "base": each is edited into the unedited model, measured and
+        taken out (`evaluate_edits`). "blind", "soft", "hard": they follow each other into one
+        model, without a history or with that one, and all facts are asked about after the last
+        (`evaluate_batches`). "soft" needs a lam: give equalities a grid of their own.
 
     A single thing may stand for a list of one. Raises MethodError for a name that is no method's,
     a number out of range, or an empty list.
@@ -73,6 +83,7 @@ class Grid:
     ridges: Sequence[float | None] = (None,)
     layers: Sequence[Layers] = (None,)
     seeds: Sequence[int] = (0,)
+    histories: Sequence[Course] = ("base",)
 
     def __post_init__(self) -> None:
         made = {
@@ -89,6 +100,7 @@ class Grid:
             "seeds": tuple(
                 whole_number(one, "a seed", MethodError, least=0) for one in as_list(self.seeds)
             ),
+            "histories": tuple(_course(one) for one in as_list(self.histories)),
         }
         for name, values in made.items():
             if not values:
@@ -101,11 +113,11 @@ class Grid:
     def cells(self) -> tuple[Cell, ...]:
         """The combinations, those that share the values of their facts beside each other."""
         order = itertools.product(
-            self.methods, self.layers, self.seeds, self.ridges, self.batch_sizes
+            self.methods, self.layers, self.seeds, self.ridges, self.batch_sizes, self.histories
         )
         return tuple(
-            Cell(_changed(method, ridge, layers), size, ridge, layers, seed)
-            for method, layers, seed, ridge, size in order
+            Cell(_changed(method, ridge, layers), size, ridge, layers, seed, history)
+            for method, layers, seed, ridge, size, history in order
         )
 
     @classmethod
@@ -149,7 +161,8 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[Grid, ...]:
     """The grids of a JSON file: one object, or a list of them whose cells are run together.
 
         {"methods": ["ROME", {"method": "MEMIT", "name": "MEMIT at 17", "layers": [17]}],
-         "batch_sizes": [1, 10], "ridges": [null, 1.0], "layers": [null, [3, 4]], "seeds": [0]}
+         "batch_sizes": [1, 10], "ridges": [null, 1.0], "layers": [null, [3, 4]], "seeds": [0],
+         "histories": ["base", "blind"]}
 
     Only `methods` is needed. A method is a name of `METHODS`, or an object with such a name and
     the fields of `Method` that differ. Raises MethodError for a file that cannot be read or says
@@ -188,6 +201,14 @@ def _method(value: object) -> Method:
         except TypeError as problem:
             raise MethodError(f"contexts of {name}: {problem}") from problem
     return METHODS[name].replace(**given)
+
+
+def _course(value: object) -> Course:
+    if value not in get_args(Course):
+        raise MethodError(
+            f"a history is {brief(value)}; choose among {', '.join(get_args(Course))}"
+        )
+    return cast("Course", value)
 
 
 def _layers(value: object) -> Layers:

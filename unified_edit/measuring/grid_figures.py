@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from unified_edit.measuring.grid_runs import Sweep
+    from unified_edit.measuring.grid_table import Sweep
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 #: The scores of the batch-size plots.
@@ -36,7 +36,9 @@ ASIDE = 1.03
 FORMATS = ("svg", "png", "pdf")
 
 #: Column -> how a line's name tells it.
-_TOLD = {"layers": "layers {}", "lam": "λ = {:g}", "batch_size": "batches of {}"}
+_TOLD = {
+    "layers": "layers {}", "lam": "λ = {:g}", "batch_size": "batches of {}", "history": "{}",
+}  # fmt: skip
 
 
 def batch_size_lines(table: pd.DataFrame, score: str = "ES", ax: Axes | None = None) -> Axes:
@@ -178,9 +180,8 @@ def _lines(table: pd.DataFrame, x: str, *columns: str) -> Iterator[tuple[str, pd
     """Name and rows of each line."""
     rows = _usable(table, x, *columns)
     # what differs between methods alone need not be told: it is the method's own
-    varies = [
-        name for name in _TOLD if name != x and (rows.groupby("method")[name].nunique() > 1).any()
-    ]
+    told_of = [name for name in _TOLD if name != x and name in rows]
+    varies = [name for name in told_of if (rows.groupby("method")[name].nunique() > 1).any()]
     for key, some in rows.groupby(["method", *varies], sort=False):
         told = [_TOLD[name].format(one) for name, one in zip(varies, key[1:], strict=True)]
         yield ", ".join([str(key[0]), *told]), some

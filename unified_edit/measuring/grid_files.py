@@ -3,6 +3,7 @@
     FOLDER/EMMET_b10_s0/cell.json      what it was made from, and what was found; written whole
     FOLDER/EMMET_b10_s0/answers.jsonl  every answer, as `evaluate_edits` writes them
     FOLDER/EMMET_b10_s0/edits.jsonl    a line an edit: how well it was solved
+    FOLDER/MEMIT_b10_soft_s0/run/      in place of answers.jsonl where batches follow each other
     FOLDER/table.csv, table.json       the scores of all cells
 
 A cell is held by a lock of the system while somebody works on it. Such a lock goes when its process
@@ -30,6 +31,8 @@ from unified_edit.model.tensor_files import written_whole
 
 FORMAT = "unified_edit.cell/1"
 CELL, ANSWERS, EDITS, LOCK = "cell.json", "answers.jsonl", "edits.jsonl", "lock"
+#: Where the batches of a cell follow each other, what `evaluate_batches` keeps.
+RUN_FOLDER = "run"
 
 #: Where a cell stands.
 NEW, BEGUN, FAILED, DONE = "new", "begun", "failed", "done"

@@ -4,13 +4,12 @@ several that share a folder.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,139 +20,37 @@ from unified_edit.arguments import as_list, as_path, is_flag
 from unified_edit.editing.methods import Method
 from unified_edit.errors import MethodError, ReportFileError, brief
 from unified_edit.facts import Conflict, Record, SharedSubject, check_ways
-from unified_edit.measuring.answer_lines import digest_of, plain
+from unified_edit.measuring.answer_lines import digest_of
+from unified_edit.measuring.batches import evaluate_batches
 from unified_edit.measuring.evaluation import evaluate_edits
+from unified_edit.measuring.generation import Generation
 from unified_edit.measuring.grid import Cell, Grid, cells_of
 from unified_edit.measuring.grid_files import (
-    ANSWERS,
     BEGUN,
     CELL,
     DONE,
     EDITS,
     FAILED,
+    RUN_FOLDER,
     CellFiles,
     EditLines,
     check_same,
     found_in,
-    number,
     read_cells,
-    score,
 )
+from unified_edit.measuring.grid_table import Sweep
 from unified_edit.measuring.questions import check_records
-from unified_edit.measuring.report import Report
 from unified_edit.measuring.scores import check_bootstrap
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
-from unified_edit.model.tensor_files import written_whole
 from unified_edit.statistics import KeyStatistics
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 log = logging.getLogger(__name__)
-
-#: The scores of `Sweep.table`, each with its interval.
-SHOWN = ("ES", "PS", "NS", "S", "GS")
-#: What stands before them, and behind.
-ABOUT = ("cell", "method", "layers", "lam", "batch_size", "seed", "state", "records")
-BEHIND = ("edits", "miss", "cost", "problem")
-
-
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    """What the cells of a folder have found.
-
-    folder: where they are. table: a row a cell, with the columns
-        cell: its name; method: the method's; layers: the edited blocks ("13 14 15"); lam: the
-            method's ridge (0: the equality), also where `ridge_from` spares so small a batch from
-            it; batch_size; seed.
-        state: "done", "failed", "begun", or "new"; records: how many were measured.
-        ES, PS, NS, S, GS, after the edits, each with ES_low, ES_high, ...: its 95 % interval.
-        edits: how many were made; miss: ||Delta K - R|| / ||R|| at the last edited layer, and cost:
-            tr(Delta C0 Delta^T) of all of them, both the mean over edits.
-        problem: why a cell failed.
-    """
-
-    folder: Path
-    table: pd.DataFrame
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> Sweep:
-        """The cells of a folder that `sweep` wrote to, or those called `names`.
-
-        Cells of several folders may be put into one by hand, as long as they were made from the
-        same model, records and settings. Raises ReportFileError where they were not, for a folder
-        without cells, and for a damaged cell.
-        """
-        import pandas as pd
-
-        place = as_path(folder, "the sweep's folder", ReportFileError)
-        cells = read_cells(place)
-        if names is not None:
-            cells = {name: cells.get(name, {}) for name in names}
-        if not cells:
-            raise ReportFileError(
-                f"{place} holds no cell of a sweep; give the folder that was its --to"
-            )
-        begun = {name: cell["common"] for name, cell in cells.items() if cell}
-        for name, common in begun.items():  # somebody may have put folders together
-            check_same(place / name / CELL, next(iter(begun.values())), common)
-        rows = [_row(name, cell) for name, cell in cells.items()]
-        columns = [*ABOUT, *(one + end for one in SHOWN for end in ("", "_low", "_high")), *BEHIND]
-        table = pd.DataFrame(rows, columns=columns)
-        order = ["method", "layers", "lam", "batch_size", "seed", "cell"]
-        return cls(place, table.sort_values(order, kind="stable", ignore_index=True))
-
-    @property
-    def problems(self) -> dict[str, str]:
-        """Failed cells, and why they failed."""
-        failed = self.table[self.table["state"] == FAILED]
-        return dict(zip(failed["cell"], failed["problem"], strict=True))
-
-    @property
-    def missing(self) -> list[str]:
-        """Cells that are neither done nor failed: another process has them, or had."""
-        return list(self.table.loc[~self.table["state"].isin((DONE, FAILED)), "cell"])
-
-    def report(self, cell: str) -> Report:
-        """All answers of a cell; ReportFileError if it has none."""
-        return Report.read(self.folder / cell / ANSWERS)
-
-    def write(self) -> None:
-        """table.csv and table.json, beside the cells."""
-        texts = {
-            "table.csv": self.table.to_csv(index=False, lineterminator="\n"),
-            "table.json": json.dumps(plain(self.table.to_dict("records")), indent=1) + "\n",
-        }
-        try:
-            for name, text in texts.items():
-                with written_whole(self.folder / name) as temporary:
-                    temporary.write_text(text, encoding="utf-8", newline="")
-        except OSError as problem:
-            raise ReportFileError(
-                f"{self.folder} cannot be written: {problem}. Make room there, and call again"
-            ) from problem
-
-
-def _row(name: str, cell: Mapping[str, Any]) -> dict[str, Any]:
-    own, found = cell.get("own", {}), cell.get("found") or {}
-    method = Method.from_dict(own["method"]) if own else None
-    row = {"cell": name, "state": cell.get("state", "new"), "problem": cell.get("problem", "")}
-    if method is not None:
-        row |= {
-            "method": method.name,
-            "layers": " ".join(map(str, method.layers or ())),
-            "lam": method.ridge,
-            "batch_size": own["batch_size"],
-            "seed": own["seed"],
-        }
-    after = {one: score(found["after"][one]) for one in SHOWN if one in (found.get("after") or {})}
-    for one, value in after.items():
-        row |= {one: value.value, f"{one}_low": value.low, f"{one}_high": value.high}
-    row |= {name: found[name] for name in ("records", "edits") if name in found}
-    return row | {name: number(found.get(name)) for name in ("miss", "cost")}
 
 
 @dataclass(frozen=True)
@@ -182,14 +79,16 @@ class Work:
         known_only: bool = False,
         on_shared_subject: SharedSubject = "raise",
         on_conflict: Conflict = "raise",
+        generate: bool | Generation = False,
     ) -> Work:
         """Check all that can be checked before any work is done.
 
-        Raises MethodError for a method that lacks a setting for the model or a batch size above the
+        Raises MethodError for a method that lacks a setting for the model, a soft history of an
+        equality, batches that follow each other beside known_only, or a batch size above the
         number of records, ReportFileError for a folder in which any cell was made from something
         else, and what `evaluate` raises for the records.
         """
-        given = {
+        given: dict[str, Any] = {
             "bootstrap": check_bootstrap(bootstrap),
             "known_only": bool(known_only),
             "on_shared_subject": on_shared_subject,
@@ -199,9 +98,10 @@ class Work:
             raise MethodError(f"known_only is {brief(known_only)}; it must be True or False")
         check_ways(on_shared_subject, on_conflict)
         folder = as_path(to, "to", ReportFileError)
+        texts = Generation.wanted(generate, 0)
         some = check_records(as_list(records))
         ledger, parts = ledger_of(model), anatomy(model)
-        common = {
+        common: dict[str, Any] = {
             "library": version("unified_edit"),
             "model": parts.name,
             "fingerprint": ledger.fingerprint(wholly=True),
@@ -210,6 +110,8 @@ class Work:
             "statistics": repr(getattr(statistics, "source", statistics)),
             **given,
         }
+        if texts is not None:
+            common["generate"] = True if generate is True else asdict(texts)
         for name, known in read_cells(folder).items():
             check_same(folder / name / CELL, common, known["common"])
         made = {}
@@ -219,15 +121,16 @@ class Work:
                     f"{cell.name} asks for batches of {cell.batch_size}, and there are "
                     f"{len(some)} records: give more of them, or smaller batches"
                 )
-            own = {
-                "method": cell.method.resolve(parts).to_dict(),
-                "batch_size": cell.batch_size,
-                "seed": cell.seed,
-            }
+            method = cell.method.resolve(parts)
+            own = {"method": method.to_dict(), "batch_size": cell.batch_size, "seed": cell.seed}
+            if cell.history != "base":
+                own["history"] = cell.history
+                _check_course(cell, method, known_only)
             files = CellFiles(folder / cell.name, common, own)
             files.read()
             made[cell.name] = (cell, files)
-        return cls(folder, made, some, {**given, "statistics": statistics})
+        given |= {"statistics": statistics, "generate": generate}
+        return cls(folder, made, some, given)
 
     @property
     def open(self) -> list[str]:
@@ -281,6 +184,25 @@ class Work:
         began = time.monotonic()
         try:
             lines = EditLines(files.folder / EDITS)
+            found = self._found_of(model, tokenizer, cell, files, lines)
+        except Exception as problem:  # whatever it is, the other cells may have none
+            told = f"{type(problem).__name__}: {problem}"
+            log.warning("%s failed: %s", files.name, told)
+            files.write(FAILED, run=run, problem=told)
+        else:
+            seconds = round(time.monotonic() - began, 1)
+            files.write(DONE, run=run, found=found, seconds=seconds)
+
+    def _found_of(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        cell: Cell,
+        files: CellFiles,
+        lines: EditLines,
+    ) -> dict[str, Any]:
+        """What is kept of a cell when it is done."""
+        if cell.history == "base":
             report = evaluate_edits(
                 model,
                 tokenizer,
@@ -292,18 +214,43 @@ class Work:
                 each=lines.add,
                 **self.given,
             )
-        except Exception as problem:  # whatever it is, the other cells may have none
-            told = f"{type(problem).__name__}: {problem}"
-            log.warning("%s failed: %s", files.name, told)
-            files.write(FAILED, run=run, problem=told)
-        else:
-            seconds = round(time.monotonic() - began, 1)
-            files.write(DONE, run=run, found=found_in(report, lines), seconds=seconds)
+            return found_in(report, lines)
+        found = evaluate_batches(
+            model,
+            tokenizer,
+            self.records,
+            cell.method,
+            batch_size=cell.batch_size,
+            seed=cell.seed,
+            history=None if cell.history == "blind" else cell.history,
+            every=len(self.records),  # after the last batch alone
+            to=files.folder / RUN_FOLDER,
+            **{name: value for name, value in self.given.items() if name != "known_only"},
+        )
+        for edit in found.edits:
+            lines.add(edit)
+        first = found.scores(int(found.answers["batches"].max()), "first").get("ES")
+        more = {} if first is None else {"more": {"ES_first": vars(first)}}
+        return {**found_in(found.report, lines), **more}
 
     def found(self) -> Sweep:
         """What the cells hold; the tables of the whole folder are written too."""
         Sweep.read(self.folder).write()
         return Sweep.read(self.folder, self.cells)
+
+
+def _check_course(cell: Cell, method: Method, known_only: bool) -> None:
+    """Raise MethodError for batches that cannot follow each other like that."""
+    if cell.history == "soft" and method.ridge_for(cell.batch_size) == 0:
+        raise MethodError(
+            f"{cell.name}: a soft history weighs earlier facts with 1 / lam, and {method.name} is "
+            "an equality in this cell. Give it a ridge, or a grid of its own without 'soft'"
+        )
+    if known_only:
+        raise MethodError(
+            f"{cell.name}: known_only chooses records by what the base says, which is not done "
+            "where batches follow each other; choose them before (evaluate(..., known_only=True))"
+        )
 
 
 def sweep(
@@ -318,8 +265,11 @@ def sweep(
     known_only: bool = False,
     on_shared_subject: SharedSubject = "raise",
     on_conflict: Conflict = "raise",
+    generate: bool | Generation = False,
 ) -> Sweep:
     """Evaluate every cell of a grid by `evaluate_edits`, and keep each in a folder.
+
+    Cells whose batches follow each other (`Grid.histories`) are evaluated by `evaluate_batches`.
 
     >>> grid = ue.Grid([ue.EMMET, ue.MEMIT], batch_sizes=[1, 10, 100])      # doctest: +SKIP
     >>> ue.sweep(model, tokenizer, records, grid, to="sweep").table         # doctest: +SKIP
@@ -337,6 +287,7 @@ def sweep(
     work = Work.of(
         model, tokenizer, records, cells_of(grid), to, statistics=statistics, bootstrap=bootstrap,
         known_only=known_only, on_shared_subject=on_shared_subject, on_conflict=on_conflict,
+        generate=generate,
     )  # fmt: skip
     if work.open:
         work.run(model, tokenizer, run=uuid.uuid4().hex)

@@ -23,7 +23,8 @@ from unified_edit.errors import MethodError, ModelError, StatisticsError
 from unified_edit.facts import Record
 from unified_edit.measuring.grid import Cell, Grid, cells_of
 from unified_edit.measuring.grid_files import DONE, FAILED
-from unified_edit.measuring.grid_runs import Sweep, Work
+from unified_edit.measuring.grid_runs import Work
+from unified_edit.measuring.grid_table import Sweep
 from unified_edit.model.progress import VARIABLE, progress
 from unified_edit.statistics import KeyStatistics, statistics_for
 

@@ -21,8 +21,9 @@ class Budget:
     keeps Z and a number a, both from alpha * D at the start; only `queue` = a * Z enters. At each
     batch it solves for all pairs so far together, on the base model: with preserved values
     V0 = W0 K0 its update, added to those before, is ``solve(C0, [K_1 ... K_t], [R_1 ... R_t],
-    ridge=budget.ridge)``, where R_s is what the sum of updates did at K_s when it was written.
-    While lam stays, that is MEMIT with its history.
+    ridge=budget.ridge)``, where R_s is what the sum of updates did at K_s when it was written. That
+    is not what was asked for there: MEMIT with a history goes on asking for that, LyapLock for what
+    was reached.
 
     Raises ObjectiveError for numbers that are not positive, or negative costs.
     """
