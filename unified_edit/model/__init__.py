@@ -23,7 +23,7 @@ from unified_edit.model.prompts import Encoded, Encoder, FactRows, Row
 
 __all__ = (
     "FAMILIES Anatomy Encoded Encoder FactRows Family Ledger Likelihood Memory NamedWeight Row "
-    "anatomy captured float64_device free_bytes halving hidden_of ledger_of likelihoods log_probabilities memory_of "
-    "model_fingerprint next_token quiet read_last_token replaced_output tensor_hash "
-    "tokens_that_fit"
+    "anatomy captured float64_device free_bytes halving hidden_of ledger_of likelihoods "
+    "log_probabilities memory_of model_fingerprint next_token quiet read_last_token "
+    "replaced_output tensor_hash tokens_that_fit"
 ).split()
