@@ -62,6 +62,7 @@ def tokens_that_fit(
     device: torch.device | str | None = None,
     *,
     gradients: bool = False,
+    cached: bool = False,
     longest: int = 256,
     most: int | None = None,
 ) -> int:
@@ -69,22 +70,28 @@ def tokens_that_fit(
 
     By what is free on `device` (the model's own by default) and what a token needs at its peak: in
     one block without gradients, in all of them with (`token_bytes`). The head is not counted; who
-    makes logits makes few at a time. `longest`: tokens of the longest row. `most`: an upper bound;
-    by default `MOST_TOKENS`, and without gradients on a CPU `CPU_BATCH_TOKENS`.
+    makes logits makes few at a time.
+
+    cached: keys and values of attention are kept, twice: those that others begin from, and a copy.
+    longest: tokens of the longest row. most: an upper bound; by default `MOST_TOKENS`, and without
+    gradients on a CPU `CPU_BATCH_TOKENS`.
     """
     where = torch.device(model.device if device is None else device)
     if most is None:
         most = CPU_BATCH_TOKENS if where.type == "cpu" and not gradients else MOST_TOKENS
-    each = token_bytes(model, gradients=gradients, longest=longest)
+    each = token_bytes(model, gradients=gradients, cached=cached, longest=longest)
     return max(1, min(most, int(SHARE * free_bytes(where)) // each))
 
 
-def token_bytes(model: PreTrainedModel, *, gradients: bool = False, longest: int = 256) -> int:
+def token_bytes(
+    model: PreTrainedModel, *, gradients: bool = False, cached: bool = False, longest: int = 256
+) -> int:
     """Bytes that one token of a batch takes at the peak of a forward, from the model's shape.
 
     A block holds about 12 vectors of the states' width (with those that norms make in float32) and
     4 of the keys' length, and its attention, where that is written out, two scores for each token
-    of the row and head. Without gradients they are there for one block at a time.
+    of the row and head. Without gradients they are there for one block at a time; keys and values
+    that are `cached` (twice, and counted as for a head each) for all.
     """
     family, config = FAMILIES[model.config.model_type], model.config
     blocks = model.get_submodule(family.blocks)
@@ -93,7 +100,8 @@ def token_bytes(model: PreTrainedModel, *, gradients: bool = False, longest: int
     plain = down.element_size() * (12 * short + 4 * long)
     fused = getattr(config, "_attn_implementation", None) in ("sdpa", "flash_attention_2")
     scores = 0 if fused else 8 * longest * config.num_attention_heads
-    return int(plain + scores) * (len(blocks) if gradients else 1)  # type: ignore[arg-type]
+    kept = len(blocks) * 4 * short * down.element_size() if cached else 0  # type: ignore[arg-type]
+    return int(plain + scores) * (len(blocks) if gradients else 1) + int(kept)  # type: ignore[arg-type]
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
