@@ -30,7 +30,11 @@ import unified_edit as ue
 from unified_edit.measuring import Sheet
 from unified_edit.model import anatomy
 from unified_edit.model.beginnings import hosts
-def fed_rows(x): return set(hosts(x).values())
+
+
+def fed_rows(x):
+    return set(hosts(x).values())
+
 
 RESULTS = Path(__file__).resolve().parent / "results" / "evaluation_speed.json"
 MEMIT = "experiments/py/eval_utils_counterfact.py"
@@ -70,9 +74,7 @@ def apart(report: ue.Report, theirs: list[dict[str, Any]]) -> float:
         kinds = {"rewrite": "rewrite", "paraphrase": "paraphrase", "neighbour": "neighborhood"}
         for kind, name in kinds.items():
             ours = rows[rows["kind"] == kind]
-            for (_, own), other in zip(
-                ours.iterrows(), one[f"{name}_prompts_probs"], strict=True
-            ):
+            for (_, own), other in zip(ours.iterrows(), one[f"{name}_prompts_probs"], strict=True):
                 found.append(abs(own["logp_new"] + other["target_new"]))
                 found.append(abs(own["logp_true"] + other["target_true"]))
     return max(found)

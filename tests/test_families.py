@@ -32,7 +32,7 @@ import unified_edit as ue
 from unified_edit.editing import Contexts, read_values
 from unified_edit.errors import MethodError, ModelError
 from unified_edit.measuring import subject_sigma
-from unified_edit.model import FAMILIES, Encoder, anatomy, likelihoods
+from unified_edit.model import FAMILIES, Encoder, anatomy, beginnings, likelihoods
 from unified_edit.model.families import REFUSED
 
 LLAMA: dict[str, Any] = {
@@ -202,6 +202,42 @@ def test_a_batch_gives_what_each_row_gives(model: Any, tiny_tokenizer: Any, begi
                 logits = model(ids).logits[0, -len(row.target) - 1 : -1].log_softmax(-1)
             wanted = logits.gather(1, torch.tensor(row.target)[:, None]).mean()
             assert found.logp == pytest.approx(wanted.item(), rel=SAME)
+
+
+def test_what_rows_share_is_run_once(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginnings and rests of many lengths, within a window of attention and beyond it."""
+    parts = anatomy(model)
+    behind = ["", " and back", " to the museum and then to", " by the old tower near"]
+    starts = ["I walked from the river", "The old bridge in the city of Rome is"]
+    pairs = [(s + b, t) for s in starts for b in behind for t in ("Oslo and Rome", "Oslo", "Paris")]
+    rows = Encoder(tiny_tokenizer, parts).continuations([*pairs, ("Dublin", "Athens")])
+    fed: list[int] = []
+    body = model.base_model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        fed.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+        return body(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beginnings, "CPU_FORWARD", 0)
+        patch.setattr(beginnings, "SHARE_SAVED", 0)
+        patch.setattr(model.base_model, "forward", counting)
+        found = likelihoods(parts, rows)
+    hosts = set(beginnings.hosts([row.ids for row in rows]).values())
+    once = beginnings.shared(hosts)
+    assert max(len(one.rows) for one in once) > 1 and sum(fed) < sum(map(len, hosts))
+    assert sum(fed) == sum(len(one.stem) for one in once) + sum(
+        len(row) - len(one.stem) for one in once for row in one.rows
+    )
+    for row, one in zip(rows, found, strict=True):
+        ids = torch.tensor([[*row.ids, row.target[-1]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -len(row.target) - 1 : -1].log_softmax(-1)
+        wanted = logits.gather(1, torch.tensor(row.target)[:, None])
+        assert one.logp == pytest.approx(wanted.mean().item(), rel=SAME)
+        assert one.greedy == bool((logits.argmax(-1) == torch.tensor(row.target)).all())
 
 
 @pytest.mark.parametrize("site", ["block", "mlp"])

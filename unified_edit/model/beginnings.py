@@ -35,6 +35,9 @@ Ids = tuple[int, ...]
 CPU_FORWARD, GPU_FORWARD = 20, 1024
 #: A beginning is run by itself where that saves so many tokens.
 LEAST_SAVED = 8
+#: And all of them together only if that saves such a share of all tokens: what was computed at a
+#: beginning is copied for each row behind it.
+SHARE_SAVED = 0.2
 #: How often rows may branch off one another before the rest of them is run as it is.
 _DEEPEST = 100
 
@@ -142,8 +145,8 @@ def final_states(parts: Anatomy, rows: Sequence[Ids], tokens: int | None = None)
     at_once = tokens or tokens_that_fit(parts.model, longest=max(map(len, rows)))
     forward = CPU_FORWARD if parts.model.device.type == "cpu" else GPU_FORWARD
     total = sum(map(len, rows))
-    # a hook may want to see whole texts; and what begins elsewhere has to be copied there
-    groups = shared(rows, total if hooked(parts.blocks) else max(4 * forward, total // 5))
+    worth = max(4 * forward, int(SHARE_SAVED * total))
+    groups = shared(rows, total if hooked(parts.blocks) else worth)  # a hook may want whole texts
     whole = [one.rows[0] for one in groups if not one.stem]
 
     def run(part: Sequence[int]) -> Tensor:
@@ -157,8 +160,15 @@ def final_states(parts: Anatomy, rows: Sequence[Ids], tokens: int | None = None)
 
 
 def hooked(modules: nn.Module) -> bool:
-    """Whether hooks are registered anywhere in these modules."""
-    return any(one._forward_hooks or one._forward_pre_hooks for one in modules.modules())
+    """Whether hooks are registered anywhere in these modules.
+
+    Those that transformers leaves behind once outputs of layers were asked for only look on.
+    """
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for one in modules.modules()
+        for hook in (*one._forward_hooks.values(), *one._forward_pre_hooks.values())
+    )
 
 
 def _left(hidden: Tensor, groups: Sequence[Shared]) -> tuple[Segment, ...]:
