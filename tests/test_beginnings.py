@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 from typing import Any
@@ -236,6 +237,7 @@ def test_nothing_asked_is_nothing_found(model) -> None:
 
 def test_more_places_than_the_head_takes_at_once(model, asked, monkeypatch) -> None:
     wanted = [one.logp for one in likelihoods(anatomy(model), asked)]
-    monkeypatch.setattr("unified_edit.model.likelihoods.POSITIONS", 3)
+    module = importlib.import_module("unified_edit.model.likelihoods")
+    monkeypatch.setattr(module, "POSITIONS", 3)
     found = [one.logp for one in likelihoods(anatomy(model), asked)]
     assert found == pytest.approx(wanted, rel=1e-6)
