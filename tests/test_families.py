@@ -240,6 +240,38 @@ def test_what_rows_share_is_run_once(
         assert one.greedy == bool((logits.argmax(-1) == torch.tensor(row.target)).all())
 
 
+#: bfloat16 in every family; float16 in some that differ in their norms and attention.
+HALVES = [(name, torch.bfloat16) for name in sorted(TINY)]
+HALVES += [(name, torch.float16) for name in ("gpt2", "gptj", "gemma3_text", "llama", "opt")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALVES, ids=str)
+def test_half_precision_rounds_once(
+    name: str, dtype: torch.dtype, tiny_tokenizer: Any, tiny_texts: list[str], as_it_is: None
+) -> None:
+    """Delta is computed in float64 and added there; only the sum has the weight's type."""
+    model = tiny_model(name, len(tiny_tokenizer)).to(dtype)
+    statistics = ue.KeyStatistics.collect(
+        model, tiny_tokenizer, tiny_texts[:40], [1], shrinkage=1e-2
+    )
+    weight, before = anatomy(model).weight(1), snapshot(model)
+    base = weight.parameter.detach().double()
+    method = METHOD.replace(steps=2)
+    made = ue.edit(model, tiny_tokenizer, FACTS[:2], method, statistics=statistics)
+    delta = made.delta(1)
+    assert delta.dtype == torch.float64 and made.outcomes[0].after > 0
+    exact = base + weight.to_stored(delta)
+    assert torch.equal(weight.parameter, exact.to(dtype))
+    lost = weight.to_stored(exact.to(dtype).double() - exact) @ made.keys[weight.name]
+    wanted = float(lost.norm() / (delta @ made.keys[weight.name]).norm())
+    assert made.rounding == {1: pytest.approx(wanted, rel=1e-9)}
+    # each entry is off by at most half a unit in its last place
+    most = exact.abs().max() * torch.finfo(dtype).eps / 2 * made.keys[weight.name].abs().sum(0)
+    assert 0 < float(lost.abs().max()) <= float(most.max())
+    made.undo()
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("site", ["block", "mlp"])
 def test_the_value_is_written_and_taken_out(
     model: Any, tiny_tokenizer: Any, tiny_texts: list[str], site: str
