@@ -31,11 +31,6 @@ from unified_edit.measuring import Sheet
 from unified_edit.model import anatomy
 from unified_edit.model.beginnings import hosts
 
-
-def fed_rows(x):
-    return set(hosts(x).values())
-
-
 RESULTS = Path(__file__).resolve().parent / "results" / "evaluation_speed.json"
 MEMIT = "experiments/py/eval_utils_counterfact.py"
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -135,7 +130,7 @@ def main() -> None:
             kept["theirs"] = [evaluation(model, tokenizer, one, None, None) for one in raw[:count]]
 
         asked = Sheet.of(model, tokenizer, records[:count]).asked
-        fed = fed_rows([one.ids for one in asked])
+        fed = set(hosts([one.ids for one in asked]).values())
         tokens = sum(map(len, fed))
         products = floor(model, tokens, len({one.prompt for one in asked}), 512)
         jobs = {"ours": ours, "theirs": theirs, "floor": products}
