@@ -54,6 +54,8 @@ STATISTICS = (
 )
 BEHIND_NORM = ("tests/test_behind_norm.py",)
 EVALUATION = ("tests/test_evaluation.py",)
+ROWS = ("tests/test_beginnings.py",)
+DEVICES = ("tests/test_devices.py",)
 STREAMED = ("tests/test_streamed.py", "-k", "file or interrupted or known or refused")
 GENERATION = ("tests/test_generation.py",)
 BAD_INPUT = ("tests/test_bad_files.py", "tests/test_bad_statistics.py")
@@ -96,6 +98,8 @@ CHAPTERS = {
     STATISTICS: ("preserving",),
     BEHIND_NORM: (),
     EVALUATION: ("judging",),
+    ROWS: (),
+    DEVICES: (),
     STREAMED: (),
     GENERATION: (),
     BAD_INPUT: (),
@@ -285,9 +289,28 @@ FAULTS = (
           "right, wrong = (true, new) if kind == NEIGHBOUR else (new, true)",
           "right, wrong = (new, true)", EVALUATION),
     Fault("a target read at the end of a longer row", "model/likelihoods.py",
-          "end = width - len(hosts[place]) + len(asked[index].ids)", "end = width", EVALUATION),
-    Fault("a row read off one that begins otherwise", "model/likelihoods.py",
+          "first = len(one.ids) - len(one.target)",
+          "first = len(host[one.ids]) - len(one.target)", EVALUATION),
+    Fault("a row read off one that begins otherwise", "model/beginnings.py",
           "if above[: len(row)] == row else row", "if len(above) > len(row) else row", EVALUATION),
+    Fault("positions counted anew behind a beginning", "model/beginnings.py",
+          "torch.minimum(places, ends - 1)", "torch.minimum(places, ends - 1) - places[:, :1]",
+          ROWS),
+    Fault("a rest behind the beginning of another row", "model/beginnings.py",
+          "layer.keys.index_select(0, at)", "layer.keys.index_select(0, at.flip(0))", ROWS),
+    Fault("padding in front of a beginning is attended to", "model/beginnings.py",
+          "torch.cat([before, inputs", "torch.cat([torch.ones_like(before), inputs", ROWS),
+    Fault("hooks see the rest of a text only", "model/beginnings.py",
+          "total if hooked(parts.blocks) else worth", "worth", ROWS),
+    Fault("a batch that did not fit is left out", "model/devices.py",
+          "            parts *= 2\n", "            parts, start = 2 * parts, start + size\n",
+          DEVICES),
+    Fault("any failure counts as a lack of memory", "model/devices.py",
+          "if not is_out_of_memory(problem):", "if False:", DEVICES),
+    Fault("a job's own limit is not looked at", "model/devices.py",
+          "(_available(), *_left_in_groups())", "(_available(),)", DEVICES),
+    Fault("float64 asked of a device that has none", "model/devices.py",
+          'return torch.device("cpu")', "return device", DEVICES),
     Fault("half a line stays in a file that is gone on with", "measuring/answer_lines.py",
           "handle.truncate(_whole(path))", "pass", STREAMED),
     Fault("a file of something else is gone on with", "measuring/answer_lines.py",

@@ -32,7 +32,7 @@ import unified_edit as ue
 from unified_edit.editing import Contexts, read_values
 from unified_edit.errors import MethodError, ModelError
 from unified_edit.measuring import subject_sigma
-from unified_edit.model import FAMILIES, Encoder, anatomy, likelihoods
+from unified_edit.model import FAMILIES, Encoder, anatomy, beginnings, likelihoods
 from unified_edit.model.families import REFUSED
 
 LLAMA: dict[str, Any] = {
@@ -202,6 +202,74 @@ def test_a_batch_gives_what_each_row_gives(model: Any, tiny_tokenizer: Any, begi
                 logits = model(ids).logits[0, -len(row.target) - 1 : -1].log_softmax(-1)
             wanted = logits.gather(1, torch.tensor(row.target)[:, None]).mean()
             assert found.logp == pytest.approx(wanted.item(), rel=SAME)
+
+
+def test_what_rows_share_is_run_once(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beginnings and rests of many lengths, within a window of attention and beyond it."""
+    parts = anatomy(model)
+    behind = ["", " and back", " to the museum and then to", " by the old tower near"]
+    starts = ["I walked from the river", "The old bridge in the city of Rome is"]
+    pairs = [(s + b, t) for s in starts for b in behind for t in ("Oslo and Rome", "Oslo", "Paris")]
+    rows = Encoder(tiny_tokenizer, parts).continuations([*pairs, ("Dublin", "Athens")])
+    fed: list[int] = []
+    body = model.base_model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        fed.append(int(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum()))
+        return body(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(beginnings, "CPU_FORWARD", 0)
+        patch.setattr(beginnings, "SHARE_SAVED", 0)
+        patch.setattr(model.base_model, "forward", counting)
+        found = likelihoods(parts, rows)
+    hosts = set(beginnings.hosts([row.ids for row in rows]).values())
+    once = beginnings.shared(hosts)
+    assert max(len(one.rows) for one in once) > 1 and sum(fed) < sum(map(len, hosts))
+    assert sum(fed) == sum(len(one.stem) for one in once) + sum(
+        len(row) - len(one.stem) for one in once for row in one.rows
+    )
+    for row, one in zip(rows, found, strict=True):
+        ids = torch.tensor([[*row.ids, row.target[-1]]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -len(row.target) - 1 : -1].log_softmax(-1)
+        wanted = logits.gather(1, torch.tensor(row.target)[:, None])
+        assert one.logp == pytest.approx(wanted.mean().item(), rel=SAME)
+        assert one.greedy == bool((logits.argmax(-1) == torch.tensor(row.target)).all())
+
+
+#: bfloat16 in every family; float16 in some that differ in their norms and attention.
+HALVES = [(name, torch.bfloat16) for name in sorted(TINY)]
+HALVES += [(name, torch.float16) for name in ("gpt2", "gptj", "gemma3_text", "llama", "opt")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALVES, ids=str)
+def test_half_precision_rounds_once(
+    name: str, dtype: torch.dtype, tiny_tokenizer: Any, tiny_texts: list[str], as_it_is: None
+) -> None:
+    """Delta is computed in float64 and added there; only the sum has the weight's type."""
+    model = tiny_model(name, len(tiny_tokenizer)).to(dtype)
+    statistics = ue.KeyStatistics.collect(
+        model, tiny_tokenizer, tiny_texts[:40], [1], shrinkage=1e-2
+    )
+    weight, before = anatomy(model).weight(1), snapshot(model)
+    base = weight.parameter.detach().double()
+    method = METHOD.replace(steps=2)
+    made = ue.edit(model, tiny_tokenizer, FACTS[:2], method, statistics=statistics)
+    delta = made.delta(1)
+    assert delta.dtype == torch.float64 and made.outcomes[0].after > 0
+    exact = base + weight.to_stored(delta)
+    assert torch.equal(weight.parameter, exact.to(dtype))
+    lost = weight.to_stored(exact.to(dtype).double() - exact) @ made.keys[weight.name]
+    wanted = float(lost.norm() / (delta @ made.keys[weight.name]).norm())
+    assert made.rounding == {1: pytest.approx(wanted, rel=1e-9)}
+    # each entry is off by at most half a unit in its last place
+    most = exact.abs().max() * torch.finfo(dtype).eps / 2 * made.keys[weight.name].abs().sum(0)
+    assert 0 < float(lost.abs().max()) <= float(most.max())
+    made.undo()
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize("site", ["block", "mlp"])

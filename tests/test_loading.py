@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from checkout import ROOT
+from fixtures_refusals import FACTS, SPREAD, TOWER
 from fixtures_tiny import LAYERS
 from safetensors.torch import load_file, save_file
 
@@ -289,3 +295,98 @@ def test_nothing_is_random_in_a_loaded_model(saved):
     """A weight that is not in the file would be drawn anew: two loads would differ."""
     first, second = (ue.load_model(saved)[0] for _ in range(2))
     assert same_weights(first, second)
+
+
+# --- where it goes, and what it takes --------------------------------------------------------
+
+PEAK = """
+import sys, threading, time
+import torch, unified_edit as ue
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.0005)
+
+ue.load_model(sys.argv[1], dtype=sys.argv[3])  # what is imported and made once
+before, done = anonymous(), threading.Event()
+peak = [before]
+thread = threading.Thread(target=watch)
+thread.start()
+model, _ = ue.load_model(sys.argv[2], dtype=sys.argv[3])
+for weight in model.parameters():
+    weight.data.add_(0)  # files are mapped until somebody writes
+done.set()
+thread.join()
+print((peak[0] - before) / sum(weight.nbytes for weight in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux says")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_second_copy_is_made(make_gpt2, tiny_tokenizer, tmp_path, dtype) -> None:
+    """Of 25 million weights; pages of files that are mapped are the system's, not the process's."""
+    for name, width in (("small", 24), ("large", 640)):
+        make_gpt2(n_embd=width, n_layer=5, n_inner=4 * width).save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large"), dtype]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert float(out.split()[-1]) <= 1.2
+
+
+def test_a_map_of_devices(saved, make_gpt2) -> None:
+    loaded, _ = ue.load_model(saved, device_map={"": "cpu"})
+    assert same_weights(make_gpt2(), loaded)
+    message = said(saved, device_map="auto", device="cpu")
+    assert "device_map" in message and "no device besides" in message
+
+
+def test_what_is_offloaded_to_disk_is_refused(saved, tmp_path) -> None:
+    places = {"transformer": "cpu", "transformer.h.2": "disk", "lm_head": "cpu"}
+    assert "offload" in said(saved, device_map=places)
+
+
+def test_a_map_of_devices_needs_accelerate(saved, monkeypatch) -> None:
+    monkeypatch.setattr("unified_edit.model.load.find_spec", lambda name: None)
+    assert "pip install accelerate" in said(saved, device_map="auto")
+
+
+@pytest.mark.parametrize("second", ["cpu", "cuda:0"])
+def test_a_model_on_several_devices_is_edited_like_any_other(
+    make_gpt2, tiny_tokenizer, statistics_of, second
+) -> None:
+    """Each block's own hook brings to its device what enters it."""
+    if second != "cpu" and not torch.cuda.is_available():
+        pytest.skip("there is no second device here")
+    plain, spread = make_gpt2(), make_gpt2()
+    places = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "lm_head": "cpu"}
+    places |= {f"transformer.h.{n}": "cpu" if n < 2 else second for n in range(LAYERS)}
+    places |= {"transformer.ln_f": second}
+    accelerate.dispatch_model(spread, places, main_device="cpu", force_hooks=True)
+    assert hasattr(spread.transformer.h[3], "_hf_hook")
+    record = ue.Record(TOWER, paraphrases=("I walked from the tower in the city of",))
+    found = []
+    for model in (plain, spread):
+        statistics = statistics_of(model)
+        edit = ue.edit(model, tiny_tokenizer, FACTS, SPREAD, statistics=statistics)
+        report = ue.evaluate(model, tiny_tokenizer, record)
+        found.append((edit, report))
+        edit.undo()
+    (one, before), (other, after) = found
+    # on another device sums are rounded otherwise, in float32
+    close = 0.0 if second == "cpu" else 1e-2
+    for layer in one.layers:
+        assert (
+            float((one.delta(layer) - other.delta(layer)).norm()) <= close * one.delta(layer).norm()
+        )
+    assert after.table["logp_new"].tolist() == pytest.approx(
+        before.table["logp_new"].tolist(), abs=close, rel=0
+    )
+    assert all(
+        torch.equal(weight, found.cpu())
+        for weight, found in zip(plain.parameters(), spread.parameters(), strict=True)
+    )

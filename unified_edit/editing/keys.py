@@ -68,7 +68,7 @@ def keys_of(
     found = _at_subjects(parts, [row for behind in rows.behind for row in behind], sites)
     return {
         layer: torch.einsum(
-            "ecd,c->de", value.double().cpu().unflatten(0, (-1, len(weights))), weights
+            "ecd,c->de", value.cpu().double().unflatten(0, (-1, len(weights))), weights
         )
         for layer, value in found.items()
     }
@@ -89,7 +89,7 @@ def values_at(
     weights = context_weights(len(rows.prefixes), mean)
     asked = weights.nonzero().flatten().tolist() or [0]
     each = [behind[place] for behind in rows.behind for place in asked]
-    found = _at_subjects(parts, each, {"site": (module, "output")})["site"].double().cpu()
+    found = _at_subjects(parts, each, {"site": (module, "output")})["site"].cpu().double()
     if asked == [0] and weights[0] == 1:
         return found.T
     return torch.einsum("ecd,c->de", found.unflatten(0, (-1, len(asked))), weights[asked])

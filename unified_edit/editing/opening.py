@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import as_file
 
 import torch
@@ -23,6 +24,7 @@ def load_model(
     allow_bin: bool = False,
     gguf_file: str | None = None,
     cache: bool | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model and its fast tokenizer, ready to be edited.
 
@@ -32,8 +34,13 @@ def load_model(
     pins a Hub revision; the one that was resolved stands in ``model.config._commit_hash`` and goes
     into every file made from the model.
 
-    Weights are read from safetensors. Where a repository has only a pickled ``.bin``,
-    `allow_bin=True` reads it with ``weights_only=True``. Remote code never runs.
+    `device` is where the whole model goes; a `device_map` spreads its blocks over several GPUs, as
+    transformers does: ``"auto"``, ``"balanced"`` or {module: device}, with ``accelerate``. What is
+    offloaded, to the CPU beside a GPU or to disk, cannot be edited and is refused.
+
+    Weights are read from safetensors, piece by piece: no second copy is made of them. Where
+    a repository has only a pickled ``.bin``, `allow_bin=True` reads it with ``weights_only=True``.
+    Remote code never runs.
 
     `gguf_file` names a GGUF file in a folder (or a repository of the Hub). Such a file is
     dequantised: the model has plain weights, is edited and saved like any other, and takes its
@@ -62,11 +69,14 @@ def load_model(
             allow_bin=allow_bin,
             gguf_file=gguf_file,
             cache=cache,
+            device_map=device_map,
             copies=cache_folder,
         )
     if gguf_file is not None:
         raise ModelError("atlas comes with the library and has no GGUF file; leave gguf_file out")
     with as_file(FOLDER) as folder:
-        model, tokenizer = load(folder, dtype=dtype or torch.float32, device=device)
+        model, tokenizer = load(
+            folder, dtype=dtype or torch.float32, device=device, device_map=device_map
+        )
     model.config._name_or_path = tokenizer.name_or_path = "atlas"
     return model, tokenizer

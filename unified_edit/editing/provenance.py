@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from unified_edit.errors import EditError, EditFileError
 from unified_edit.facts import SharedSubject
@@ -152,6 +153,26 @@ def check_arrived(
             weight.layer,
             now.dtype,
         )
+
+
+def rounding_errors(ledger: Ledger, edit: Entry, keys: Mapping[str, Tensor]) -> dict[int, float]:
+    """{layer: norm((W - W0 - Delta) K) / norm(Delta K)}: what rounding W to the model's type costs.
+
+    W0 is the base, W what the edit makes of it alone, K its `keys` at a weight by name; the
+    matrices themselves are compared where there are none.
+    """
+    found = {}
+    for name, update in edit.updates.items():
+        weight = ledger.parts.named(name)
+        base, now = ledger.base_weight(weight), ledger.with_edits(weight, [edit])
+        delta = update.delta
+        # in the orientation of Delta: to store is to transpose, or to do nothing
+        lost = weight.to_stored(now.cpu().double() - base.cpu().double()) - delta
+        if name in keys:
+            lost, delta = lost @ keys[name], delta @ keys[name]
+        size = torch.linalg.vector_norm(delta)
+        found[weight.layer] = float(torch.linalg.vector_norm(lost) / size) if size > 0 else 0.0
+    return dict(sorted(found.items()))
 
 
 def merged(updates: Sequence[Update]) -> Update:

@@ -64,7 +64,7 @@ def _replayed(parts: Anatomy, plan: Plan, values: Values) -> list[Goal]:
             value = per_token(
                 parts.model, seen.get(layer), given["input_ids"].shape, sites[layer][0], "output"
             )
-            found[layer][batch] = value[:, -1].double().cpu()
+            found[layer][batch] = value[:, -1].cpu().double()
     return [Goal(layer, column_means(found[layer].T, plan.columns)) for layer in later]
 
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import ModelError
+from unified_edit.model.devices import float64_device
 from unified_edit.model.families import FAMILIES, Family, why_not
 from unified_edit.model.hooks import logits_of, quiet, read_last_token
 from unified_edit.model.obstacles import check_modules, check_projection, without_adapters
@@ -225,20 +226,24 @@ class Anatomy:
         sites["key"] = (weight.module, "input")
         with quiet(self.model):
             before = read_last_token(self.model, [tokens], sites)
-            key, out = before["key"][0].double(), before["site"][0]
+            where = float64_device(parameter.device)
+            key, out = before["key"][0].to(where).double(), before["site"][0]
             random = torch.randn(len(out), generator=generator, dtype=torch.float64)
-            moved = (random / random.norm()).to(out) * out.norm()
+            moved = (random / random.norm()).to(out.dtype).to(out.device) * out.norm()
             wanted = {"site": moved, "block": self.entering(layer, site, out, moved)}
             saved = parameter.detach().clone()
             try:
-                update = torch.outer(moved.double() / self.gain(layer, site), key / (key @ key))
-                parameter.add_(weight.to_stored(update).to(parameter))
+                wide = moved.to(where).double() / self.gain(layer, site)
+                update = torch.outer(wide, key / (key @ key)).to(parameter.dtype)
+                parameter.add_(weight.to_stored(update).to(parameter.device))
                 after = read_last_token(self.model, [tokens], sites)
             finally:
                 parameter.copy_(saved)
         limit, worst = _probe_tolerance(parameter), 0.0
         for name, module in places.items():
-            started, ended, by = (one.double() for one in (before[name], after[name], wanted[name]))
+            started, ended, by = (
+                one.to(where).double() for one in (before[name], after[name], wanted[name])
+            )
             # what is added to a longer vector is rounded with it
             size = max(float(by.norm()), float(started.norm()) if name == "block" else 0.0)
             error = float((ended[0] - started[0] - by).norm()) / size

@@ -10,15 +10,15 @@ many tokens as the target has would give the target. That is exact, not an appro
 every most probable token along the way is the target's, greedy decoding feeds itself just what
 was fed here; if one is not, greedy decoding leaves the target there.
 
-Rows are batched by length; logits are made where a target token is predicted, once, and nowhere
-else. A row with which another one begins is not run by itself, since the model is causal: two
-targets of one prompt share its tokens unless both have several.
+Logits are made where a target token is predicted, once, and nowhere else. A row with which another
+one begins is not run by itself, nor are long beginnings that rows share (`beginnings`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from unified_edit.errors import ModelError
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length, forward_tokens, left_padded
-from unified_edit.model.hooks import PLAIN_OUTPUT, quiet
+from unified_edit.model.beginnings import Ids, Piece, final_states, hosts
+from unified_edit.model.devices import halving
+from unified_edit.model.hooks import quiet
 from unified_edit.model.progress import Progress
 from unified_edit.model.prompts import Row
 
@@ -68,23 +69,27 @@ def likelihoods(
 
     Raises ModelError if the model's logits are NaN.
     """
-    hosts = _hosts([one.ids for one in asked])
-    of_host: dict[tuple[int, ...], list[int]] = {}
-    for index, one in enumerate(asked):
-        of_host.setdefault(hosts[one.ids], []).append(index)
-    rows = list(of_host)
-    found: list[Likelihood | None] = [None] * len(asked)
-    at_once = forward_tokens(parts.model.device) if batch_tokens is None else batch_tokens
+    host = hosts([one.ids for one in asked])
+    wanted: dict[Ids, list[Wanted]] = {}
+    count = 0
+    for one in asked:
+        first = len(one.ids) - len(one.target)
+        tokens = [Wanted(first + n, token, count + n) for n, token in enumerate(one.target)]
+        wanted.setdefault(host[one.ids], []).extend(tokens)
+        count += len(tokens)
+    lengths = [len(one.target) for one in asked]
+    ends = set(itertools.accumulate(lengths))
+    reader = _Reader(parts, count)
     with quiet(parts.model):
-        for chosen in batches_by_length([len(row) for row in rows], at_once):
-            hidden = _final_hidden(parts, [rows[index] for index in chosen])
-            members = [(place, index) for place, row in enumerate(chosen)
-                       for index in of_host[rows[row]]]  # fmt: skip
-            for index, value in _read(parts, hidden, members, asked, [rows[i] for i in chosen]):
-                found[index] = value
+        for piece in final_states(parts, list(wanted), batch_tokens):
+            numbers = reader.read(piece, wanted)
             if bar is not None:
-                bar.update(len(members))
-    return [value for value in found if value is not None]
+                bar.update(sum(number + 1 in ends for number in numbers))
+        logp, hits = reader.found()
+    return [
+        Likelihood(mean.mean().item(), bool(hit.all()))
+        for mean, hit in zip(logp.split(lengths), hits.split(lengths), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -93,31 +98,21 @@ def next_token(parts: Anatomy, rows: Sequence[Row]) -> list[Tensor]:
 
     Raises ModelError if the model's logits are NaN.
     """
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
-    lengths = [len(row.ids) for row in rows]
+    host = hosts([one.ids for one in rows])
+    wanted: dict[Ids, list[Wanted]] = {}
+    for number, one in enumerate(rows):
+        wanted.setdefault(host[one.ids], []).append(Wanted(len(one.ids) - 1, 0, number))
+    found: dict[int, Tensor] = {}
     with quiet(parts.model):
-        for chosen in batches_by_length(lengths, forward_tokens(parts.model.device)):
-            last = _final_hidden(parts, [rows[index].ids for index in chosen])[:, -1]
-            for place, index in enumerate(chosen):
-                found[index] = log_probabilities(parts, last[place : place + 1])[0].exp().cpu()
-    return found
-
-
-def _hosts(rows: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each row the one it is read off: a longest one that begins with it, or itself."""
-    hosts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    above: tuple[int, ...] = ()
-    # in this order the rows that begin with a row stand right behind it
-    for row in sorted(set(rows), reverse=True):
-        hosts[row] = hosts.get(above, row) if above[: len(row)] == row else row
-        above = row
-    return hosts
-
-
-def _final_hidden(parts: Anatomy, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Final hidden states (rows x longest x d_out) of left-padded rows."""
-    inputs = left_padded(rows, parts.model.device)
-    return parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT).last_hidden_state
+        for piece in final_states(parts, list(wanted)):
+            reads = list(_reads(piece, wanted))
+            for start in range(0, len(reads), POSITIONS):
+                some = reads[start : start + POSITIONS]
+                hidden = _at(piece.hidden, [place for place, _ in some])
+                each = log_probabilities(parts, hidden).exp().cpu()
+                for distribution, (_, here) in zip(each, some, strict=True):
+                    found |= {one.number: distribution.clone() for one in here}
+    return [found[number] for number in range(len(rows))]
 
 
 def log_probabilities(parts: Anatomy, hidden: Tensor, *, checked: bool = True) -> Tensor:
@@ -129,48 +124,95 @@ def log_probabilities(parts: Anatomy, hidden: Tensor, *, checked: bool = True) -
     """
     logits = parts.logits(hidden)
     if checked and logits.isnan().any():
-        raise ModelError(
-            f"the model's logits are NaN: its weights are damaged, or overflow {logits.dtype}. "
-            "Load the model again, or in a wider type"
-        )
+        raise _damaged(logits.dtype)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _read(
-    parts: Anatomy,
-    hidden: Tensor,
-    members: Sequence[tuple[int, int]],
-    asked: Sequence[Row],
-    hosts: Sequence[tuple[int, ...]],
-) -> Iterable[tuple[int, Likelihood]]:
-    """Read off each member (row of `hidden`, index into `asked`) at its target's positions.
+def _damaged(dtype: torch.dtype) -> ModelError:
+    return ModelError(
+        f"the model's logits are NaN: its weights are damaged, or overflow {dtype}. "
+        "Load the model again, or in a wider type"
+    )
 
-    `hosts`: what was fed in each row; a member's own ids are the beginning of that.
+
+class Wanted(NamedTuple):
+    """One token of a target: the place in its row where it is predicted, and what number it has."""
+
+    place: int
+    token: int
+    number: int
+
+
+def _reads(
+    piece: Piece, wanted: Mapping[Ids, Sequence[Wanted]]
+) -> Iterator[tuple[tuple[int, int], list[Wanted]]]:
+    """(segment, column) of each place of a piece that is read, and what is read there."""
+    for index, (rows, begin, end, column) in enumerate(piece.segments):
+        at: dict[int, list[Wanted]] = {}
+        for one in itertools.chain.from_iterable(wanted[row] for row in rows):
+            if begin <= one.place < end:
+                at.setdefault(one.place, []).append(one)
+        yield from (((index, column + place - begin), here) for place, here in at.items())
+
+
+def _at(hidden: Tensor, places: Sequence[tuple[int, int]]) -> Tensor:
+    """What stands at some places (row, column): (places x width)."""
+    row, column = torch.tensor(places, device=hidden.device).T
+    return hidden[row, column]
+
+
+class _Reader:
+    """Reads tokens of targets off final hidden states; nothing waits for the device before the end.
+
+    States are gathered until there are `POSITIONS` of them: the head is a large matrix, and read as
+    a whole however few rows it is applied to.
     """
-    width, device = hidden.shape[1], hidden.device
-    spots: dict[tuple[int, int], int] = {}  # (row, position) whose logits are needed: its place
-    reads: list[int] = []
-    tokens: list[int] = []
-    for place, index in members:
-        target = asked[index].target
-        end = width - len(hosts[place]) + len(asked[index].ids)  # rows are left-padded
-        for position in range(end - len(target), end):
-            reads.append(spots.setdefault((place, position), len(spots)))
-        tokens += target
-    at, of, token = (torch.tensor(each, device=device) for each in (list(spots), reads, tokens))
-    logp = torch.empty(len(reads), dtype=torch.float64)
-    hits = torch.empty(len(reads), dtype=torch.bool)
-    for start in range(0, len(at), POSITIONS):
-        some = at[start : start + POSITIONS]
-        found = log_probabilities(parts, hidden[some[:, 0], some[:, 1]])
-        read = ((of >= start) & (of < start + POSITIONS)).nonzero().squeeze(1)
-        row = of[read] - start
-        logp[read.cpu()] = found[row, token[read]].cpu().double()
-        hits[read.cpu()] = (found.argmax(-1)[row] == token[read]).cpu()
-    lengths = [len(asked[index].target) for _, index in members]
-    means = [part.mean().item() for part in logp.split(lengths)]
-    greedy = [bool(part.all()) for part in hits.split(lengths)]
-    return [
-        (index, Likelihood(mean, hit))
-        for (_, index), mean, hit in zip(members, means, greedy, strict=True)
-    ]
+
+    def __init__(self, parts: Anatomy, count: int) -> None:
+        self.parts = parts
+        device, dtype = parts.model.device, parts.model.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        self._logp = torch.zeros(count, dtype=precise, device=device)
+        self._hits = torch.zeros(count, dtype=torch.bool, device=device)
+        self._waiting: list[Tensor] = []
+        self._wanted: list[list[Wanted]] = []
+
+    def read(self, piece: Piece, wanted: Mapping[Ids, Sequence[Wanted]]) -> list[int]:
+        """Take what is wanted from one piece; the numbers of the tokens that it was."""
+        reads = list(_reads(piece, wanted))
+        if not reads:
+            return []
+        self._waiting.append(_at(piece.hidden, [place for place, _ in reads]))
+        self._wanted += [here for _, here in reads]
+        while len(self._wanted) >= POSITIONS:
+            self._flush()
+        return [one.number for _, here in reads for one in here]
+
+    def _flush(self) -> None:
+        """Apply the head to the first `POSITIONS` of what waits."""
+        hidden = torch.cat(self._waiting)
+        here, self._wanted = self._wanted[:POSITIONS], self._wanted[POSITIONS:]
+        self._waiting = [hidden[POSITIONS:]]
+
+        def apply(part: Sequence[int]) -> None:
+            logs = log_probabilities(self.parts, hidden[part[0] : part[-1] + 1], checked=False)
+            flat = [(row, *one[1:]) for row, place in enumerate(part) for one in here[place]]
+            row, token, number = torch.tensor(flat).T
+            row, token = row.to(logs.device), token.to(logs.device)
+            number = number.to(self._logp.device)
+            self._logp[number] = logs[row, token].to(self._logp)
+            self._hits[number] = (logs.argmax(-1)[row] == token).to(self._hits.device)
+
+        list(halving(apply, [range(len(here))]))
+
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Log-probability (float64) of each token, and whether it is the likeliest: on the CPU.
+
+        Raises ModelError if the model's logits are NaN: a NaN among them makes all of them NaN.
+        """
+        while self._wanted:
+            self._flush()
+        logp = self._logp.cpu().double()
+        if logp.isnan().any():
+            raise _damaged(self.parts.model.dtype)
+        return logp, self._hits.cpu()

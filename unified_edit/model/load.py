@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def load(
     allow_bin: bool = False,
     gguf_file: str | None = None,
     cache: bool | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
     copies: Callable[[], Path] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model and its fast tokenizer; `unified_edit.load_model` describes it.
@@ -50,9 +52,13 @@ def load(
         raise ModelError(f"dtype {dtype!r} is not a torch type; use for example 'float32'")
     if kind is not None and not kind.is_floating_point:
         raise ModelError(f"dtype {dtype!r} holds no weights; use for example 'float32'")
+    if device_map is not None and (device is not None or gguf_file is not None):
+        raise ModelError(
+            "device_map says where each part goes: give no device besides, and no GGUF file"
+        )
     source = gguf_source(name, gguf_file, revision)
     if source is None:
-        model = _from_pretrained(name, kind or "auto", revision, allow_bin)
+        model = _from_pretrained(name, kind or "auto", revision, allow_bin, device_map)
         tokenizer = _tokenizer(name, revision)
     else:
         assert copies is not None
@@ -100,7 +106,11 @@ def _tokenizer(name: str, revision: str | None) -> Tokenizer:
 
 
 def _from_pretrained(
-    name: str, dtype: torch.dtype | str, revision: str | None, allow_bin: bool
+    name: str,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    allow_bin: bool,
+    device_map: str | Mapping[str, int | str] | None,
 ) -> PreTrainedModel:
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -109,6 +119,10 @@ def _from_pretrained(
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # they are refused with the rest of the report
     }
+    if device_map is not None:
+        if find_spec("accelerate") is None:
+            raise ModelError("a device_map needs the package accelerate: pip install accelerate")
+        arguments["device_map"] = device_map
     try:
         with loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
