@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import unified_edit as ue
 from unified_edit.errors import StatisticsError, StatisticsFileError
+from unified_edit.model import anatomy
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.tensor_files import write_safetensors
 from unified_edit.statistics import (
@@ -128,6 +129,29 @@ def test_a_batch_that_memory_does_not_suffice_for_is_run_in_two(
     monkeypatch.setattr(forwards, "left_padded", lambda *given: scarce(*given, most=0))
     with pytest.raises(StatisticsError, match=r"not enough memory for one text.*max_tokens"):
         made()
+
+
+def test_where_sums_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model, where there is room for them and for as much again, and float64."""
+    card, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 4000))
+    assert sums._place(card, 500) == card
+    assert sums._place(card, 501) == cpu
+    assert sums._place(torch.device("mps"), 1) == cpu
+    assert sums._place(cpu, 10**15) == cpu
+
+
+def test_batches_fit_the_memory_of_a_card(
+    make_gpt2: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = anatomy(make_gpt2())
+    weights = [parts.weight(layer) for layer in (0, 2)]
+    assert forwards.batch_size(parts, weights) == 512
+    monkeypatch.setattr(type(parts.model), "device", torch.device("cuda", 0))
+    # a token takes four bytes in each of 4 * 48 + 2 * 48 entries, and a quarter may be taken
+    for free, tokens in ((10**9, 8192), (4 * 8192 * 4 * 288 - 1, 4096), (0, 512)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, 10**9))
+        assert forwards.batch_size(parts, weights) == tokens
 
 
 # --- shares ---------------------------------------------------------------------------------------
