@@ -553,17 +553,16 @@ def test_what_a_text_is(content, split, texts, tmp_path):
     assert list(file_texts([path, tmp_path / "b.txt"], split)) == [*texts, "last"]
 
 
-def test_shares_are_joined(run, place, out, monkeypatch):
+def test_shares_are_joined(run, tmp_path, monkeypatch):
     """Counted one by one, by the program, and added up by it: what one run gives."""
     monkeypatch.setattr(collect, "GROUP", 16)
     command = ("statistics", "--model", "model", "--layers", 0, "--texts", "texts.txt")
-    shares = [out.with_name(f"share-{index}.safetensors") for index in range(2)]
+    out, whole, *shares = (tmp_path / name for name in ("joined", "whole", "0", "1"))
     for index, path in enumerate(shares):
         shown, _ = run(*command, "--part", f"{index}/2", "--out", path)
         assert f"share {index} of 0..1" in shown
     document = json.loads(run("statistics", "--join", *shares, "--out", out, "--json")[0])
     assert document["joined"] == list(map(str, shares))
-    whole = out.with_name("whole.safetensors")
     run(*command, "--out", whole)
     joined, wanted = ue.KeyStatistics.load(out), ue.KeyStatistics.load(whole)
     assert torch.allclose(joined.C0(0), wanted.C0(0), rtol=1e-12, atol=1e-14)

@@ -135,10 +135,10 @@ def test_where_sums_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the model, where there is room for them and for as much again, and float64."""
     card, cpu = torch.device("cuda", 0), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 4000))
-    assert sums._place(card, 500) == card
-    assert sums._place(card, 501) == cpu
-    assert sums._place(torch.device("mps"), 1) == cpu
-    assert sums._place(cpu, 10**15) == cpu
+    assert sums.place_for(card, 500) == card
+    assert sums.place_for(card, 501) == cpu
+    assert sums.place_for(torch.device("mps"), 1) == cpu
+    assert sums.place_for(cpu, 10**15) == cpu
 
 
 def test_batches_fit_the_memory_of_a_card(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from unified_edit.statistics.shares import Counted
 FORMAT = "unified_edit.key_statistics/3"
 #: Its C0 lacks the keys set aside for the check, and it does not say which texts it counts.
 OLDER = "unified_edit.key_statistics/2"
+
+
+_KINDS = ("C0", "fresh", "counted")
 
 
 class Content(NamedTuple):
@@ -40,6 +44,17 @@ def write(path: str | Path, content: Content) -> None:
     write_safetensors(place, tensors, FORMAT, meta, StatisticsFileError)
 
 
+def _tensors(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return read_safetensors(place, FORMAT, StatisticsFileError)
+    except StatisticsFileError:
+        with contextlib.suppress(StatisticsFileError):
+            older = read_safetensors(place, OLDER, StatisticsFileError)
+            if not any(name.startswith("counted.") for name in older[0]):
+                return older
+        raise
+
+
 def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
     """The tensors of one kind, by their layers."""
     kinds = {name: name.partition(".") for name in tensors}
@@ -52,8 +67,10 @@ def read(path: str | Path) -> Content:
     Raises StatisticsFileError if the file is missing, damaged or of another kind.
     """
     place = as_path(path, "the path of the statistics", StatisticsFileError)
-    tensors, meta = read_safetensors(place, FORMAT, StatisticsFileError, older=(OLDER,))
+    tensors, meta = _tensors(place)
     try:
+        if other := {name.partition(".")[0] for name in tensors} - set(_KINDS):
+            raise ValueError(f"unknown tensors: {sorted(other)}")
         source = Source(**meta["source"])
         agreement = {int(layer): float(value) for layer, value in meta["agreement"].items()}
         moments, fresh = _by_layer(tensors, "C0"), _by_layer(tensors, "fresh")

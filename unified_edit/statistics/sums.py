@@ -137,7 +137,7 @@ class LayerSums:
 
     def __init__(self, one: NamedWeight, aside: int, folder: Path | None = None) -> None:
         device = one.parameter.device
-        self.place = _place(device, self.needed(one.d_in)) if folder is None else None
+        self.place = place_for(device, self.needed(one.d_in)) if folder is None else None
 
         def zeros(count: int) -> Tensor:
             if folder is not None:
@@ -189,7 +189,7 @@ class LayerSums:
         return first.full(in_file(self.folder, first.d**2).view(first.d, first.d))
 
 
-def _place(device: torch.device, needed: int) -> torch.device:
+def place_for(device: torch.device, needed: int) -> torch.device:
     """Where sums of so many bytes are kept: beside the model, if there is room and float64."""
     cpu = torch.device("cpu")
     if device.type == "mps":
