@@ -32,8 +32,8 @@ from typing import Any
 import torch
 
 import unified_edit as ue
-from unified_edit.command_line.console import read_texts
 from unified_edit.editing.prefixes import MEMIT_STARTS
+from unified_edit.statistics import file_texts
 
 log = logging.getLogger("suggest_smollm2")
 
@@ -121,7 +121,7 @@ def _statistics(model: Any, tokenizer: Any, texts: Path, work: Path) -> ue.KeySt
     place = work / "statistics.safetensors"
     if not place.exists():
         ue.KeyStatistics.collect(
-            model, tokenizer, list(read_texts([texts])), LAYERS, tokens=20 * 1536
+            model, tokenizer, list(file_texts([texts])), LAYERS, tokens=20 * 1536
         ).save(place)
     return ue.KeyStatistics.load(place)
 

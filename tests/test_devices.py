@@ -13,7 +13,6 @@ from unified_edit.errors import ModelError
 from unified_edit.model import devices
 from unified_edit.model.batching import CPU_BATCH_TOKENS
 from unified_edit.model.devices import (
-    float64_device,
     free_bytes,
     halving,
     is_out_of_memory,
@@ -179,20 +178,6 @@ def test_a_failed_batch_is_let_go_of_before_it_is_tried_again(monkeypatch) -> No
 
     assert [result for _, result in halving(run, [[1, 2, 3, 4]])] == [1, 1, 1, 1]
     assert alive == [False, False]
-
-
-# --- float64 ---------------------------------------------------------------------------------
-
-
-def test_float64_is_computed_where_it_is_there(caplog, monkeypatch) -> None:
-    monkeypatch.setattr(devices, "TOLD", set())
-    with caplog.at_level(logging.WARNING):
-        assert float64_device("cpu") == torch.device("cpu")
-        assert float64_device("cuda:1") == torch.device("cuda:1")
-        assert not caplog.records
-        assert float64_device(torch.device("mps")) == torch.device("cpu")
-        assert float64_device("mps:0") == torch.device("cpu")
-    assert len(caplog.records) == 1 and "no float64" in caplog.text
 
 
 def test_apple_says_what_it_has_left(monkeypatch) -> None:

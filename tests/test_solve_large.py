@@ -168,8 +168,9 @@ def test_factors_beyond_what_memory_allows_are_made_again(tiny_statistics, monke
 def test_a_device_without_float64_gives_way_and_says_so_once(caplog) -> None:
     _say_no_float64.cache_clear()
     with caplog.at_level(logging.WARNING, "unified_edit.objective.inputs"):
-        places = [float64_device(name) for name in ("mps", "mps", "cpu", "meta")]
+        places = [float64_device(name) for name in ("mps", "mps:0", "cpu", "meta")]
     assert places == [torch.device("cpu")] * 4
+    assert float64_device("cuda:1") == torch.device("cuda:1")
     assert [record.getMessage() for record in caplog.records] == [
-        "MPS has no float64: updates are solved for on the CPU"
+        "MPS has no float64: solutions, statistics and sums of edits are computed on the CPU"
     ]

@@ -18,10 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from unified_edit.arguments import as_list, whole_number
 from unified_edit.errors import ModelError
-from unified_edit.model.devices import float64_device
 from unified_edit.model.families import FAMILIES, Family, why_not
 from unified_edit.model.hooks import logits_of, quiet, read_last_token
 from unified_edit.model.obstacles import check_modules, check_projection, without_adapters
+from unified_edit.objective.inputs import float64_device
 
 Tokenizer = Any  # a fast tokenizer of transformers; its classes are loaded dynamically
 

@@ -35,8 +35,6 @@ MOST_TOKENS = 32_768
 
 #: Where Linux says what a process may take.
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-#: Kinds of devices of which it was said that they have no float64.
-TOLD: set[str] = set()
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -160,25 +158,6 @@ def free_cached() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
-
-
-def float64_device(device: torch.device | str) -> torch.device:
-    """Where float64 is computed for tensors of `device`: there, or on the CPU, which is said once.
-
-    MPS has no float64. What is made in it is rounded and moved back by whoever asked.
-    """
-    device = torch.device(device)
-    if device.type != "mps":
-        return device
-    if device.type not in TOLD:
-        TOLD.add(device.type)
-        log.warning(
-            "%s has no float64: solves, statistics and sums of edits are computed on the CPU; "
-            "the model itself stays on %s",
-            device,
-            device,
-        )
-    return torch.device("cpu")
 
 
 def _available() -> int | None:

@@ -91,7 +91,10 @@ def float64_device(device: torch.device | str) -> torch.device:
 
 @cache
 def _say_no_float64(kind: str) -> None:
-    log.warning("%s has no float64: updates are solved for on the CPU", kind.upper())
+    log.warning(
+        "%s has no float64: solutions, statistics and sums of edits are computed on the CPU",
+        kind.upper(),
+    )
 
 
 def fact_label(index: int, names: Sequence[str] | None) -> str:
