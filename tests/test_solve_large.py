@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unified_edit.errors import ObjectiveError
 from unified_edit.objective import Held, Metric, matmul, solve
-from unified_edit.objective.inputs import _say_no_float64, float64_device
+from unified_edit.objective.inputs import say_no_float64, float64_device
 from unified_edit.objective.spectrum import spectrum_of
 from unified_edit.statistics import key_statistics
 
@@ -166,7 +166,7 @@ def test_factors_beyond_what_memory_allows_are_made_again(tiny_statistics, monke
 
 
 def test_a_device_without_float64_gives_way_and_says_so_once(caplog) -> None:
-    _say_no_float64.cache_clear()
+    say_no_float64.cache_clear()
     with caplog.at_level(logging.WARNING, "unified_edit.objective.inputs"):
         places = [float64_device(name) for name in ("mps", "mps:0", "cpu", "meta")]
     assert places == [torch.device("cpu")] * 4

@@ -85,12 +85,13 @@ def float64_device(device: torch.device | str) -> torch.device:
     if device.type not in ("mps", "meta"):
         return device
     if device.type == "mps":
-        _say_no_float64(device.type)
+        say_no_float64(device.type)
     return torch.device("cpu")
 
 
 @cache
-def _say_no_float64(kind: str) -> None:
+def say_no_float64(kind: str) -> None:
+    """Say once of a kind of device that float64 is computed elsewhere."""
     log.warning(
         "%s has no float64: solutions, statistics and sums of edits are computed on the CPU",
         kind.upper(),

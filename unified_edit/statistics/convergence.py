@@ -1,37 +1,32 @@
-"""Whether there was enough text: what is refused while its cause is known, and what is said."""
+"""Whether there was enough text."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from unified_edit.statistics.key_statistics import KeyStatistics
+from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
+#: Halves of a text that disagree by no more on fresh keys say that there was enough.
+CONVERGED = 0.1
 
-def look_at(made: KeyStatistics, unsure: Iterable[int]) -> None:
-    """Refuse what has no Cholesky factor, of the layers that are `unsure`; say what is not settled.
 
-    Raises StatisticsError for a C0 that is singular.
-    """
-    for layer in sorted(unsure):
-        made.metric(layer)
-    for layer, agreement in made.agreement.items():
-        if agreement != agreement:
+def warn(agreement: Mapping[int, float], tokens: int, widths: Mapping[int, int]) -> None:
+    """Say of which layers it is not settled; each has `widths` entries in a key."""
+    for layer, found in agreement.items():
+        if found != found:
             log.warning(
                 "C0 of layer %d: %d tokens are too few to tell whether it has converged (each "
                 "half of the text needs d_k = %d at least); more text makes edits more specific",
                 layer,
-                made.source.tokens,
-                made.width(layer),
+                tokens,
+                widths[layer],
             )
-        elif not agreement <= 0.1:
+        elif not found <= CONVERGED:
             log.warning(
                 "C0 of layer %d has not converged: halves of the text disagree by %.3g on fresh "
-                "keys (0.1 is converged); more text makes edits more specific",
+                "keys (%g is converged); more text makes edits more specific",
                 layer,
-                agreement,
+                found,
+                CONVERGED,
             )

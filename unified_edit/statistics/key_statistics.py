@@ -30,7 +30,7 @@ from unified_edit.model.ledger import ledger_of
 from unified_edit.model.prompts import Encoder
 from unified_edit.objective import Metric
 from unified_edit.statistics.collect import Job, Source, checkpoints, collect
-from unified_edit.statistics.convergence import look_at
+from unified_edit.statistics.convergence import warn
 from unified_edit.statistics.files import Content, read, write
 from unified_edit.statistics.joining import Part, added_up, check_alike
 from unified_edit.statistics.shares import Counted, checked_part
@@ -260,11 +260,18 @@ class KeyStatistics:
             found = collect(job, texts)
         made = cls(found[0], {**found.moments}, found[2], {}, *found[3:5])
         if job.part[1] == 1:
-            look_at(made, found.unsure)
+            made._look_at(found.unsure)
         for path in () if keep_checkpoint else checkpoints(job):
             with contextlib.suppress(OSError):  # none was written: no reason to lose the work
                 path.unlink(missing_ok=True)
         return made
+
+    def _look_at(self, unsure: Iterable[int]) -> None:
+        """Refuse what has no Cholesky factor while its cause is known; say what is not settled."""
+        for layer in sorted(unsure):
+            self.metric(layer)
+        widths = {layer: self.width(layer) for layer in self.agreement}
+        warn(self.agreement, self.source.tokens, widths)
 
     def only(self, layer: int) -> KeyStatistics:
         """The statistics of one layer."""
@@ -315,7 +322,7 @@ class KeyStatistics:
         made = cls(source, {**moments}, agreement, {}, counted, fresh)
         if made.source.part is None:
             check_enough(made.source.tokens, max(map(len, map(made.C0, made.layers))))
-            look_at(made, made.layers)
+            made._look_at(made.layers)
         return made
 
     def save(self, path: str | Path) -> None:
