@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unified_edit.errors import ObjectiveError
 from unified_edit.objective import Held, Metric, matmul, solve
-from unified_edit.objective.inputs import say_no_float64, float64_device
+from unified_edit.objective.inputs import float64_device, say_no_float64
 from unified_edit.objective.spectrum import spectrum_of
 from unified_edit.statistics import key_statistics
 

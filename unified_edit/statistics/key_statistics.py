@@ -35,7 +35,7 @@ from unified_edit.statistics.files import Content, read, write
 from unified_edit.statistics.joining import Part, added_up, check_alike
 from unified_edit.statistics.shares import Counted, checked_part
 from unified_edit.statistics.sums import check_enough, shrink_in_place
-from unified_edit.statistics.weighting import WEIGHTINGS
+from unified_edit.statistics.weighting import checked_weighting
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +69,9 @@ class KeyStatistics:
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices in memory: moments that are not on disk, and factors."""
-        moments = [one for one in self.moments.values() if isinstance(one, Tensor)]
-        held = [*moments, *(metric.factor for metric in self._metrics.values())]
-        return sum(one.numel() * one.element_size() for one in held)
+        factors = [metric.factor for metric in self._metrics.values()]
+        held = [one for one in self.moments.values() if isinstance(one, Tensor)] + factors
+        return sum(one.nbytes for one in held)
 
     def C0(self, layer: int) -> Tensor:
         """The mean second moment at `layer`, :eq:`preserve-c0`: (d_k x d_k, float64)."""
@@ -216,14 +216,14 @@ class KeyStatistics:
         """
         parts = anatomy(model)
         counts = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "tokens": tokens}
-        counts |= {"max_memory": max_memory}
+        counts["max_memory"] = max_memory
         whole = {
-            name: whole_number(count, name, StatisticsError, least=1)
-            for name, count in counts.items()
-            if count is not None
+            name: whole_number(number, name, StatisticsError, least=1)
+            for name, number in counts.items()
+            if number is not None
         }
         if not is_flag(skip_start):
-            raise StatisticsError(f"skip_start is {brief(skip_start)}; it must be True or False")
+            raise StatisticsError(f"skip_start is {brief(skip_start)}; give True or False")
         if skip_start and whole["max_tokens"] == 1:
             raise StatisticsError(
                 "skip_start leaves out the first token of each text, and max_tokens=1 takes no "
@@ -232,10 +232,6 @@ class KeyStatistics:
         if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise StatisticsError(
                 f"texts is one {type(texts).__name__}; give a list of texts, each stands alone"
-            )
-        if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
-            raise StatisticsError(
-                f"weighting is {brief(weighting)}; choose one of {tuple(WEIGHTINGS)}"
             )
         if until is not None:
             until = real_number(until, "until", StatisticsError, above=0)
@@ -251,7 +247,7 @@ class KeyStatistics:
                 shrinkage=real_number(shrinkage, "shrinkage", StatisticsError, least=0),
                 checkpoint=place,
                 skip_start=bool(skip_start),
-                weighting=weighting,
+                weighting=checked_weighting(weighting),
                 part=checked_part(part),
                 until=until,
                 folder=files,
@@ -270,8 +266,7 @@ class KeyStatistics:
         """Refuse what has no Cholesky factor while its cause is known; say what is not settled."""
         for layer in sorted(unsure):
             self.metric(layer)
-        widths = {layer: self.width(layer) for layer in self.agreement}
-        warn(self.agreement, self.source.tokens, widths)
+        warn(self.agreement, self.source.tokens, {one: self.width(one) for one in self.agreement})
 
     def only(self, layer: int) -> KeyStatistics:
         """The statistics of one layer."""

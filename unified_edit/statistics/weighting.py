@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from unified_edit.arguments import brief
+from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 
 
@@ -33,3 +35,10 @@ WEIGHTINGS: dict[str, Callable[[Anatomy, NamedWeight, Tensor], Tensor]] = {
     "tokens": lambda parts, weight, keys: keys,
     "norm": _by_norm,
 }
+
+
+def checked_weighting(weighting: object) -> str:
+    """One of `WEIGHTINGS`; StatisticsError for anything else."""
+    if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
+        raise StatisticsError(f"weighting is {brief(weighting)}; choose one of {tuple(WEIGHTINGS)}")
+    return weighting
