@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 
 import unified_edit as ue
 from unified_edit.command_line import cli, commands, console
-from unified_edit.command_line.console import format_table, read_texts, to_json, write_text
+from unified_edit.command_line.console import format_table, to_json, write_text
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
 from unified_edit.statistics import cache, collect
+from unified_edit.statistics.text_files import read_texts
 
-COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures")
+COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures", "run", "status")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
 FACTS = [
     {"prompt": PROMPT, "subject": SUBJECT, "target_new": TARGET, "target_true": "Rome"},

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         suggest_layers,
         sweep,
     )
+    from unified_edit.running import RunState, run
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
 
@@ -75,6 +76,7 @@ _FLOORS = {
         "Grid ask compare complete evaluate evaluate_batches evaluate_edits evaluate_made "
         "load_records locate suggest_layers sweep"
     ),
+    "running": "RunState run",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}
