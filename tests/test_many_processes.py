@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from book_source import BOOK, page
 from checkout import ROOT
 from fixtures_tiny import byte_level_tokenizer
 
@@ -113,9 +116,9 @@ def half_written(folder):
 
 
 def signs(folder):
-    """What each process said of itself last."""
-    texts = (path.read_text() for path in sorted((folder / "workers").glob("*.json")))
-    return [json.loads(text) for text in texts]
+    """What each process said of itself last, in the order in which they began."""
+    each = (json.loads(path.read_text()) for path in (folder / "workers").glob("*.json"))
+    return sorted(each, key=lambda one: one["started"])
 
 
 def same_edit(one, other):
@@ -191,7 +194,7 @@ def test_torchrun_ends_all_and_keeps_what_was_finished(many):
     assert [piece.name for piece in state.missing] == ["values 2", "values 4", "values 5"]
     assert not state.finished and not state.alive
     assert {(one.sign.rank, one.sign.processes) for one in state.workers} == {(0, 2), (1, 2)}
-    assert "4 of 9 facts are done" in state.told
+    assert state.told == "done: 4 of 9 facts"
     assert all("gone without a word, at values" in line for line in state.lines())
 
 
@@ -403,7 +406,6 @@ def test_what_a_living_process_is_at_is_left_to_it_until_it_dies(begun, monkeypa
         last = max(signs(begun), key=lambda one: one["started"] * (one["host"] != "elsewhere"))
         assert last["pieces"] == ({} if comes_to_its_end else {"values": 1})
         assert len(signs(begun)) == before + 1
-    assert [path.read_bytes() for path in mine] == content
     assert {path.name for path in (begun / "pieces" / "values").iterdir()} == set(names)
 
 
@@ -455,13 +457,14 @@ def test_a_full_disk_is_told_and_keeps_what_was_finished(
     with monkeypatch.context() as patch:
         patch.setattr(tensor_files, "save_file", no_room)
         patch.setattr(workers, "json", SimpleNamespace(dumps=no_sign, loads=json.loads))
-        with pytest.raises((EditFileError, RunFolderError), match="No space left.*room"):
+        with pytest.raises((EditFileError, RunFolderError), match=r"No space left.*room"):
             ue.run(**given(place, tmp_path))
     done = {"piece": 4, "sign": 4, "edit": 9}[place_of]
     assert len(kept(tmp_path)) == done
     assert half_written(tmp_path) == []
     state = ue.RunState.read(tmp_path)
-    assert not state.alive and not state.finished
+    assert not state.finished
+    assert len(state.alive) == (place_of == "sign")  # this process lives, and could not say more
     found = ue.run(tmp_path)
     same_edit(found.edit, alone.edit)
     if place_of == "piece":
@@ -575,17 +578,19 @@ def test_shares_begin_all_over_the_list():
 
 def test_the_command_goes_on_by_the_folder_alone(place, tmp_path, capsys):
     folder, model = str(tmp_path / "run"), str(place / "model")
-    records = [ue.Record(fact, paraphrases=(f"I saw {fact.subject} and it stands in",))
-               for fact in FACTS[:3]]  # fmt: skip
+    records = [
+        ue.Record(replace(fact, target_true="the"), (f"I saw {fact.subject} and it stands in",))
+        for fact in FACTS[:3]
+    ]
     lines = [json.dumps(asdict(record)) for record in records]
     (tmp_path / "records.jsonl").write_text("\n".join(lines))
     begin = ["run", folder, "--model", model, "--records", str(tmp_path / "records.jsonl")]
     begin += ["--layers", "0", "--statistics", str(place / "stats.safetensors"), "--piece", "2"]
     assert cli.main([*begin, "--pieces-only"]) == 0
-    assert "3 of 3 facts are done" in capsys.readouterr().out
+    assert "done: 3 of 3 facts" in capsys.readouterr().out
     assert cli.main(["status", folder]) == 0
     told = capsys.readouterr().out
-    assert "3 of 3 facts are done" in told and "ended; did 3 facts" in told
+    assert "done: 3 of 3 facts" in told and "ended; did 3 facts" in told
     assert cli.main(["run", folder, "--gather", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["finished"] and found["summary"]["facts"] == 3
@@ -620,3 +625,48 @@ def test_what_is_left_is_told_from_what_was_done(begun):
 )
 def test_durations(seconds, told):
     assert duration(seconds) == told
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+PAGE = page(BOOK / "cluster.md")
+BLOCKS = [block for cell in PAGE.text for block in cell.blocks if block.argument == "bash"]
+
+
+def commands(block):
+    """The words of each command of the program in a block of a shell."""
+    for line in block.body.replace("\\\n", " ").splitlines():
+        found = re.search(r"(?:unified-edit|-m unified_edit) (.*)", line)
+        if found and not line.startswith("#"):
+            yield shlex.split(found[1])
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.body[:20].strip())
+def test_what_the_page_shows_is_a_program(block):
+    checked = subprocess.run(["bash", "-n"], input=block.body, text=True, capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    told = [cli.build_parser().parse_args(words) for words in commands(block)]
+    assert [one.command for one in told] in (["run"], ["status"])
+
+
+def test_every_way_to_start_is_shown():
+    text = "\n".join(block.body for block in BLOCKS)
+    for way in ("torchrun", "accelerate launch", "#SBATCH --array", "srun", "--gather"):
+        assert way in text
+
+
+def test_the_table_of_scaling_is_what_its_formula_gives():
+    table = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", PAGE.text[0].source, re.M)
+    assert len(table) == 4
+    values, tokens = 7.4, 44e6
+    for processes, *hours in table:
+        for text, told in zip((tokens, 163_840), hours, strict=True):
+            found = (36 * text / tokens + values) / int(processes) + 0.1
+            assert abs(found - float(told)) <= 0.05 + 1e-9
+    d, width, facts = 16_384, 4_096, 10_000
+    one = d**2 * facts + d * facts**2 + width * facts * (facts / 2 + d)
+    assert 6 * one == pytest.approx(3e13, rel=0.1)
+    assert values * 3600 / facts == pytest.approx(2.7, abs=0.05)
+    assert 36 * 60 * 163_840 / tokens == pytest.approx(8, abs=0.5)
+    assert 2 * width * 8 * facts == pytest.approx(640 * 2**20, rel=0.05)
+    assert 8 * 6 * d**2 * 8 == 96 * 2**30

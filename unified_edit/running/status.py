@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EDIT, SUMMARY = "edit.safetensors", "summary.json"
-#: What the units of a piece are.
-UNITS = {STATISTICS: "shares of the text", VALUES: "facts"}
+#: What the units of a piece are: one, and several.
+UNITS = {STATISTICS: ("share of the text", "shares of the text"), VALUES: ("fact", "facts")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,8 +130,8 @@ class RunState:
         for kind in dict.fromkeys(piece.kind for piece in self.pieces):
             units = [(p.units, p.name not in missing) for p in self.pieces if p.kind == kind]
             done = sum(count for count, is_done in units if is_done)
-            parts.append(f"{done} of {sum(count for count, _ in units)} {UNITS[kind]}")
-        return " and ".join(parts) + " are done"
+            parts.append(f"{done} of {_counted(sum(count for count, _ in units), kind)}")
+        return "done: " + ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able dictionary."""
@@ -153,6 +153,10 @@ class RunState:
         return [_line(one) for one in self.workers]
 
 
+def _counted(count: int, kind: str) -> str:
+    return f"{count:,} {UNITS[kind][count != 1]}"
+
+
 def _line(seen: Seen) -> str:
     sign = seen.sign
     if seen.alive:
@@ -163,7 +167,7 @@ def _line(seen: Seen) -> str:
         doing = f"failed: {sign.problem}"
     else:
         doing = "ended"
-    done = ", ".join(f"{count} {UNITS[kind]}" for kind, count in sign.units.items()) or "nothing"
+    done = ", ".join(_counted(count, kind) for kind, count in sign.units.items()) or "nothing"
     return f"{sign.name} ({sign.rank + 1} of {sign.processes}, {sign.device}): {doing}; did {done}"
 
 

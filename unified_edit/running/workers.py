@@ -218,9 +218,12 @@ class Worker:
 
     def others(self) -> list[Sign]:
         """The living processes that work on the same, without this one."""
-        living = (one.sign for one in seen_in(self.folder) if one.alive)
-        config = self.sign.config
-        return [sign for sign in living if sign.config == config and sign.name != self.sign.name]
+        ours, living = self.sign, (one.sign for one in seen_in(self.folder) if one.alive)
+        return [
+            sign
+            for sign in living
+            if sign.config == ours.config and (sign.host, sign.pid) != (ours.host, ours.pid)
+        ]
 
     def _say(self, **changes: Any) -> None:
         self.sign = replace(self.sign, **changes)
