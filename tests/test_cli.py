@@ -27,8 +27,7 @@ from unified_edit.command_line import cli, commands, console
 from unified_edit.command_line.console import format_table, to_json, write_text
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
-from unified_edit.statistics import cache, collect
-from unified_edit.statistics.text_files import read_texts
+from unified_edit.statistics import cache, collect, file_texts
 
 COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures", "run", "status")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
@@ -547,14 +546,14 @@ def test_what_a_text_is(content, split, texts, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(content, encoding="utf-8", newline="")
     (tmp_path / "b.txt").write_text("last", encoding="utf-8")
-    assert list(read_texts([path, tmp_path / "b.txt"], split)) == [*texts, "last"]
+    assert list(file_texts([path, tmp_path / "b.txt"], split)) == [*texts, "last"]
 
 
 def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\ntwo \xff\n")
     with pytest.raises(StatisticsFileError, match=r"a\.txt, line 3: not UTF-8 \(byte 5"):
-        list(read_texts([path]))
+        list(file_texts([path]))
 
 
 # -- suggest ----------------------------------------------------------------------------------

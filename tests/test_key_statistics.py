@@ -395,7 +395,7 @@ def test_the_default_corpus_is_enough_and_a_fifth_of_it_is_not(atlas, atlas_text
 
 
 def test_shrinkage_is_explicit_and_recorded(make_gpt2, tiny_tokenizer, tiny_texts):
-    model, few = make_gpt2(), tiny_texts[:30]
+    model, few = make_gpt2(), tiny_texts[:9]
     with pytest.raises(StatisticsError, match=r"fewer than 2\*d_k"):
         ue.KeyStatistics.collect(model, tiny_tokenizer, few, (0,))
     made = ue.KeyStatistics.collect(model, tiny_tokenizer, few, (0,), shrinkage=0.5)

@@ -31,8 +31,14 @@ from unified_edit.facts import Fact, read_facts
 from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records, suggest_layers
 from unified_edit.measuring.suggesting import CLAMPS
 from unified_edit.model.anatomy import Tokenizer, anatomy
-from unified_edit.statistics import TOKENS_PER_DIMENSION, KeyStatistics, default_corpus
-from unified_edit.statistics.text_files import check_texts, read_texts
+from unified_edit.statistics import (
+    TOKENS_PER_DIMENSION,
+    KeyStatistics,
+    check_texts,
+    dataset_texts,
+    default_corpus,
+    file_texts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -171,32 +177,51 @@ def run_statistics(args: Namespace) -> Result:
     """C0 of some layers from texts, saved."""
     if args.split and not args.texts:
         args.parser.error("--split is of use with --texts only")
+    if args.config and not args.dataset:
+        args.parser.error("--config is of use with --dataset only")
+    if sum(one is not None for one in (args.texts, args.dataset, args.join)) > 1:
+        args.parser.error("--texts, --dataset and --join exclude each other")
+    if (args.layers is None) == (args.join is None):
+        args.parser.error("give --layers, or else --join FILE ...")
     check_place(args.out, args.force)
+    if args.join:
+        made = KeyStatistics.joined([KeyStatistics.load(path) for path in args.join])
+        return _saved_statistics(args, made, {"joined": [str(path) for path in args.join]})
     check_texts(args.texts or [])
     model, tokenizer = model_of(args)
     parts, tokens = anatomy(model), args.tokens
     if args.texts:
-        texts = read_texts(args.texts, args.split)
+        texts = file_texts(args.texts, args.split)
     else:
         widths = [parts.weight(layer).d_in for layer in parts.check_layers(args.layers)]
-        texts, tokens = default_corpus(model), tokens or TOKENS_PER_DIMENSION * max(widths)
+        tokens = tokens or TOKENS_PER_DIMENSION * max(widths)
+        texts = default_corpus(model)
+        if args.dataset:
+            texts = dataset_texts(args.dataset, args.config, column=args.column)
     made = KeyStatistics.collect(
         model, tokenizer, texts, args.layers,
         tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint, keep_checkpoint=True,
-        skip_start=args.skip_start,
+        skip_start=args.skip_start, part=args.part,
     )  # fmt: skip
-    made.save(args.out)  # where this fails, the checkpoint still holds the work
+    result = _saved_statistics(args, made, _about(args, model))  # or the checkpoint holds the work
     if args.checkpoint is not None:
         with contextlib.suppress(OSError):  # none was written
             args.checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _saved_statistics(args: Namespace, made: KeyStatistics, about: Mapping[str, Any]) -> Result:
+    """Save statistics, and say what they are."""
+    made.save(args.out)
     layers = [
-        {"layer": layer, "d_k": made.metric(layer).dim, "agreement": made.convergence(layer)}
+        {"layer": layer, "d_k": len(made.C0(layer)), "agreement": made.convergence(layer)}
         for layer in made.layers
     ]
     source = asdict(made.source)
-    document = {**_about(args, model), "source": source, "layers": layers, "out": str(args.out)}
+    document = {**about, "source": source, "layers": layers, "out": str(args.out)}
     shrunk = f", shrinkage {args.shrinkage:g}" if args.shrinkage else ""
-    shrunk += ", without the first token of each text" if args.skip_start else ""
+    shrunk += ", without the first token of each text" if source["skip_start"] else ""
+    shrunk += f", share {made.source.part}" if made.source.part else ""
     text = (
         f"C0 from {source['tokens']} tokens of {source['texts']} texts{shrunk}\n"
         f"{format_table(pd.DataFrame(layers))}"

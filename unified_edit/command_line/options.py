@@ -130,31 +130,53 @@ def evaluate(made: argparse.ArgumentParser) -> None:
                       help="write one line a prompt and state here, as CSV")
 
 
+def share(text: str) -> tuple[int, int]:
+    """A type for argparse: I/N, share I (0 is the first) of N."""
+    index, _, number = text.partition("/")
+    part = int(index), int(number)
+    if not 0 <= part[0] < part[1]:
+        raise argparse.ArgumentTypeError(f"{text} is not a share: the first of four is 0/4")
+    return part
+
+
 def statistics(made: argparse.ArgumentParser) -> None:
     """Collect C0, the second moment of keys of ordinary text.
 
     Each text stands alone. In a file, blank lines stand between texts, which may go over several
     lines; in a file without blank lines between others, each line is a text. --split says which it
     is where that rule is wrong. Ten tokens for each entry of a key serve, twenty are the default;
-    fewer than two are refused, unless --shrinkage is given.
+    fewer than two are refused, unless --shrinkage is given. With --part, several machines count a
+    share each; --join adds up what they have saved.
 
     examples:
       python -m unified_edit statistics --layers 0 1 2 --out atlas.safetensors
       python -m unified_edit statistics --model gpt2-xl --layers 17 --texts a.txt b.txt \\
           --tokens 64000 --checkpoint partial.safetensors --out gpt2-xl.safetensors
+      python -m unified_edit statistics --model gpt2-xl --layers 17 --part 0/4 --tokens 128000 \\
+          --dataset wikimedia/wikipedia --config 20231101.en --out share-0.safetensors
+      python -m unified_edit statistics --join share-*.safetensors --out gpt2-xl.safetensors
       python -m unified_edit statistics --layers 0 --texts few.txt --shrinkage 1e-3 \\
           --out few.safetensors
     """
-    made.add_argument("--layers", type=whole(0), nargs="+", required=True, metavar="N",
+    made.add_argument("--layers", type=whole(0), nargs="+", metavar="N",
                       help="blocks, ascending; all are collected in one pass")
+    made.add_argument("--join", type=path_of, nargs="+", metavar="FILE",
+                      help="collect nothing: add up these statistics, or put layers together")
     made.add_argument("--texts", type=path_of, nargs="+", metavar="FILE",
                       help="UTF-8 text (default: the model's default corpus; WikiText-103 from "
                       "the Hub for all but atlas)")
     made.add_argument("--split", choices=("paragraphs", "lines"),
                       help="what one text is in these files")
+    made.add_argument("--dataset", metavar="NAME",
+                      help="the train split of a data set of the Hub, instead of --texts")
+    made.add_argument("--config", metavar="NAME", help="which configuration of --dataset")
+    made.add_argument("--column", default="text", metavar="NAME",
+                      help="where the texts of --dataset stand (default: text)")
+    made.add_argument("--part", type=share, default=(0, 1), metavar="I/N",
+                      help="count share I (0 is the first) of N of the texts and of --tokens only")
     made.add_argument("--tokens", type=whole(1), metavar="N",
                       help="draw no more texts once N tokens were counted (default: all of "
-                      "--texts; twenty for each entry of a key from the default corpus)")
+                      "--texts; twenty for each entry of a key from the Hub)")
     made.add_argument("--shrinkage", type=float, default=0.0, metavar="EPS",
                       help="add EPS * tr(C0)/d_k * I, for few tokens (default: 0)")
     made.add_argument("--skip-start", action="store_true",

@@ -42,6 +42,9 @@ def run(made: argparse.ArgumentParser) -> None:
     group = made.add_argument_group("key statistics, where --statistics is not given")
     group.add_argument("--texts", type=path_of, nargs="+", metavar="FILE", help="as of statistics")
     group.add_argument("--split", choices=("paragraphs", "lines"), help="as of statistics")
+    group.add_argument("--dataset", metavar="NAME", help="as of statistics")
+    group.add_argument("--config", dest="dataset_config", metavar="NAME", help="as of statistics")
+    group.add_argument("--column", metavar="NAME", help="as of statistics")
     group.add_argument("--tokens", type=whole(1), metavar="N", help="as of statistics")
     group.add_argument("--shrinkage", type=float, metavar="EPS", help="as of statistics")
     group.add_argument("--shares", type=whole(1), metavar="N",

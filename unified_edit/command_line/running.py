@@ -14,12 +14,13 @@ from unified_edit.facts import read_facts
 from unified_edit.measuring import load_records
 from unified_edit.running import RunFolder, RunState, run
 from unified_edit.running.finishing import TEXT
+from unified_edit.running.settings import COLLECTING
 from unified_edit.running.status import EDIT, duration, time_left
 
 #: Options that say how the model is loaded.
 _LOADING = ("dtype", "revision", "allow_bin", "gguf_file", "cache")
 #: Options that `run` is told as they are.
-_PLAIN = ("statistics", "texts", "split", "tokens", "shrinkage", "shares", "piece", "seed")
+_PLAIN = ("statistics", *COLLECTING, "piece", "seed")
 
 
 def run_run(args: Namespace) -> Result:

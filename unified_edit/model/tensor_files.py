@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,12 @@ def _remedy(found: str, kind: str) -> str:
 
 
 def read_safetensors(
-    path: Path, kind: str, error: type[UnifiedEditError]
+    path: Path, kind: str, error: type[UnifiedEditError], older: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_safetensors` wrote; returns (tensors, description).
 
-    Raises `error` if the file is missing, truncated, damaged or of another kind.
+    older: kinds that will do as well. Raises `error` if the file is missing, truncated, damaged or
+    of another kind.
     """
     if not path.is_file():
         raise error(f"{path}: there is no such file")
@@ -108,7 +109,7 @@ def read_safetensors(
             "something else; make or download it again"
         ) from problem
     found = metadata.get("kind", "nothing")
-    if found != kind:
+    if found not in (kind, *older):
         raise error(f"{path} holds {found!r}, but {kind!r} is needed here; {_remedy(found, kind)}")
     text = metadata.get("description", "")
     if metadata.get("sha256") != _checksum(tensors, text):

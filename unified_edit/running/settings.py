@@ -43,6 +43,10 @@ CONFIG, FACTS, RECORDS = "config.json", "facts.jsonl", "records.jsonl"
 PIECE = 16
 #: Shares of the text. Each is a file of the sums of all layers, until they are joined.
 SHARES = 8
+#: What says how C0 is collected.
+COLLECTING = (
+    "texts", "split", "dataset", "dataset_config", "column", "tokens", "shrinkage", "shares"
+)  # fmt: skip
 #: Packages whose versions decide what comes out, to the last digit.
 PACKAGES = ("unified_edit", "torch", "transformers")
 
@@ -52,7 +56,8 @@ class Settings:
     """What is asked of a run.
 
     loading: the arguments of `load_model`, but for the device. statistics: the file of C0; without
-    it C0 is collected in `shares`, from the `texts` (files), or the model's default corpus.
+    it C0 is collected in `shares`, from the `texts` (files), a `dataset` of the Hub, or the model's
+    default corpus.
     piece: facts of one piece. Everything else: as in `edit` and `KeyStatistics.collect`.
     """
 
@@ -66,6 +71,9 @@ class Settings:
     statistics: str | None = None
     texts: tuple[str, ...] = ()
     split: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    column: str = "text"
     tokens: int | None = None
     shrinkage: float = 0.0
     shares: int = SHARES
@@ -108,12 +116,13 @@ class Settings:
         if "statistics" in made:
             path = as_path(made["statistics"], "statistics", StatisticsError)
             made["statistics"] = str(path.absolute())
-            for name in ("texts", "tokens", "shares", "shrinkage"):
-                if made.get(name):
-                    raise StatisticsError(
-                        f"statistics is a file of C0, and {name} says how to collect C0; give one "
-                        "of the two"
-                    )
+            if told := [name for name in COLLECTING if made.get(name)]:
+                raise StatisticsError(
+                    f"statistics is a file of C0, and {told[0]} says how to collect C0; give one "
+                    "of the two"
+                )
+        if made["texts"] and "dataset" in made:
+            raise StatisticsError("texts are files, and dataset is of the Hub; give one of the two")
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,9 +225,10 @@ class RunFolder:
         whole = {one.name: getattr(known, one.name) for one in fields(known)}
         whole = {name: value for name, value in whole.items() if value not in (None, ())}
         whole["model"] = whole.pop("loading")
-        ways = {"texts", "split", "tokens", "shrinkage", "shares"}  # to collect C0, or its file
-        of_file = "statistics" in said or ("statistics" in whole and not ways & said.keys())
-        for name in ways if of_file else {"statistics"}:
+        of_file = "statistics" in said or (
+            "statistics" in whole and not said.keys() & set(COLLECTING)
+        )
+        for name in COLLECTING if of_file else ("statistics",):
             whole.pop(name, None)
         if "facts" not in said and tuple(said.get("records", known.records)) != known.records:
             whole.pop("facts")

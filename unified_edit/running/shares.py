@@ -28,9 +28,15 @@ from unified_edit.editing import Editor
 from unified_edit.errors import StatisticsFileError
 from unified_edit.running.pieces import PIECES, STATISTICS, Piece
 from unified_edit.running.settings import Settings
-from unified_edit.statistics import TOKENS_PER_DIMENSION, KeyStatistics, default_corpus
+from unified_edit.statistics import (
+    TOKENS_PER_DIMENSION,
+    KeyStatistics,
+    check_texts,
+    dataset_texts,
+    default_corpus,
+    file_texts,
+)
 from unified_edit.statistics.collect import GROUP
-from unified_edit.statistics.text_files import check_texts, read_texts
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +84,11 @@ class StatisticsStage:
         return TOKENS_PER_DIMENSION * max(widths)
 
     def _texts(self) -> Iterable[str]:
-        if self.settings.texts:
-            return read_texts(self._paths, self.settings.split)
+        asked = self.settings
+        if asked.texts:
+            return file_texts(self._paths, asked.split)
+        if asked.dataset is not None:
+            return dataset_texts(asked.dataset, asked.dataset_config, column=asked.column)
         return default_corpus(self.editor.model)
 
     def _count(self) -> int:
@@ -92,7 +101,9 @@ class StatisticsStage:
 
     def _digest(self, fingerprint: str) -> str:
         about: list[Any] = [fingerprint, version("unified_edit"), self.layers, self._tokens]
-        about += [self._shares, self.settings.shrinkage, self.settings.split]
+        asked = self.settings
+        about += [self._shares, asked.shrinkage, asked.split]
+        about += [asked.dataset, asked.dataset_config, asked.column]
         about += [[path.stat().st_size, _beginning(path)] for path in self._paths]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:20]
 

@@ -51,6 +51,9 @@ def run(
     statistics: str | os.PathLike[str] | None = None,
     texts: Iterable[str | os.PathLike[str]] | None = None,
     split: str | None = None,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    column: str | None = None,
     tokens: int | None = None,
     shrinkage: float | None = None,
     shares: int | None = None,
@@ -75,8 +78,10 @@ def run(
     records: the edit is judged by them at the end, as `evaluate` does.
     method: EMMET if not given; one that writes all facts together.
     statistics: a file of C0. Without it C0 is collected, from the `texts` (files, whose texts stand
-        as `split` says), or else from the model's default corpus: `tokens` of it, in so many
-        `shares`; `shrinkage` as in `KeyStatistics.collect`.
+        as `split` says), a `dataset` of the Hub (its `dataset_config`, the texts in its `column`),
+        or else from the model's default corpus: `tokens` of it (default: all of one's own files,
+        twenty for each entry of a key of others), in so many `shares`; `shrinkage` as in
+        `KeyStatistics.collect`.
     piece: facts of one piece; what is lost at most when a process is killed.
     seed, on_shared_subject, on_conflict: as in `edit`.
     device: of this process; "cuda" is the card of its place on the machine (``LOCAL_RANK``).
@@ -94,7 +99,8 @@ def run(
     place = RunFolder(folder)
     asked = {
         "model": model, "facts": _facts(facts), "records": records, "method": method,
-        "statistics": statistics, "texts": texts, "split": split, "tokens": tokens,
+        "statistics": statistics, "texts": texts, "split": split, "dataset": dataset,
+        "dataset_config": dataset_config, "column": column, "tokens": tokens,
         "shrinkage": shrinkage, "shares": shares, "piece": piece, "seed": seed,
         "on_shared_subject": on_shared_subject, "on_conflict": on_conflict,
     }  # fmt: skip

@@ -2,10 +2,17 @@
 
 from unified_edit.statistics.cache import TOKENS_PER_DIMENSION, cache_folder, statistics_for
 from unified_edit.statistics.collect import Source
-from unified_edit.statistics.corpora import default_corpus, wikitext_extract
+from unified_edit.statistics.corpora import (
+    check_texts,
+    dataset_texts,
+    default_corpus,
+    file_texts,
+    wikipedia,
+    wikitext_extract,
+)
 from unified_edit.statistics.key_statistics import KeyStatistics
 
 __all__ = (
-    "TOKENS_PER_DIMENSION KeyStatistics Source cache_folder default_corpus statistics_for "
-    "wikitext_extract".split()
+    "TOKENS_PER_DIMENSION KeyStatistics Source cache_folder check_texts dataset_texts "
+    "default_corpus file_texts statistics_for wikipedia wikitext_extract".split()
 )

@@ -26,6 +26,7 @@ from unified_edit.model.ledger import ledger_of
 from unified_edit.model.memory import memory_of
 from unified_edit.statistics.corpora import default_corpus
 from unified_edit.statistics.key_statistics import KeyStatistics
+from unified_edit.statistics.sums import PARTIAL
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,12 @@ def _read(
     try:
         loaded = KeyStatistics.load(path)
         loaded.check_model(fingerprint, anatomy(model).name)
+        if loaded.counted is None:
+            raise StatisticsError(
+                f"{path} is of an older version, whose C0 lacked the keys set aside for its check"
+            )
+        if loaded.source.part is not None:
+            raise StatisticsError(f"{path} is of a part of the text only")
         if loaded.source.skip_start:
             raise StatisticsError(f"{path} was collected without the first token of each text")
         if loaded.source.weighting != "tokens":
@@ -107,7 +114,9 @@ def _collected(
         )
     log.info("collecting key statistics of layers %s (once; kept in %s)", layers, folder)
     # the name says what a run was: one that was interrupted does not stand in another's way
-    run = hashlib.sha256(json.dumps([layers, version("unified_edit")]).encode()).hexdigest()
+    run = hashlib.sha256(
+        json.dumps([layers, version("unified_edit"), PARTIAL]).encode()
+    ).hexdigest()
     made = KeyStatistics.collect(
         model,
         tokenizer,

@@ -1,15 +1,24 @@
-"""The text that key statistics are collected from where a user gives none."""
+"""The text that key statistics are collected from: a model's own, files, and data sets of the Hub.
+
+All give texts one by one, so that nothing is read, or downloaded, that is not needed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from itertools import groupby, islice
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from unified_edit.arguments import as_path
 from unified_edit.atlas.corpus import texts
 from unified_edit.atlas.knowledge import load_knowledge
-from unified_edit.errors import StatisticsError
+from unified_edit.errors import StatisticsError, StatisticsFileError, brief
+
+#: Shorter texts of WikiText and Wikipedia are headings and stubs, and no prose.
+PROSE = 200
 
 
 def wikitext_extract() -> list[str]:
@@ -41,15 +50,9 @@ def default_corpus(model: PreTrainedModel) -> Iterator[str]:
         yield from own()
         return
     try:
-        from datasets import load_dataset
-
-        lines = load_dataset(
-            "Salesforce/wikitext", "wikitext-103-raw-v1", split="train", streaming=True
-        )
-        for line in lines:
-            if len(line["text"]) > 200:  # headings and empty lines are no prose
-                yield line["text"].strip()
-    except Exception as problem:  # datasets, network and Hub raise many kinds
+        lines = dataset_texts("Salesforce/wikitext", "wikitext-103-raw-v1", shortest=PROSE)
+        yield from (line.strip() for line in lines)
+    except StatisticsError as problem:
         raise StatisticsError(
             "there are no key statistics for this model in the cache, and the default corpus "
             f"(WikiText-103 from the Hugging Face Hub) could not be loaded: {problem}. Install "
@@ -57,3 +60,115 @@ def default_corpus(model: PreTrainedModel) -> Iterator[str]:
             "stats = KeyStatistics.collect(model, tokenizer, texts, layers=[...]) and "
             "edit(..., statistics=stats)"
         ) from problem
+
+
+def wikipedia(language: str = "en", date: str = "20231101") -> Iterator[str]:
+    """The articles of Wikipedia as of `date`, from the Hub, in the order of its files.
+
+    What the released statistics of ROME and MEMIT were made from was the English one of 20200501,
+    by a script that `datasets` does not run any more; this is its form as Parquet files. Raises
+    what `dataset_texts` does.
+    """
+    yield from dataset_texts("wikimedia/wikipedia", f"{date}.{language}", shortest=PROSE)
+
+
+def dataset_texts(
+    name: str,
+    config: str | None = None,
+    *,
+    split: str = "train",
+    column: str = "text",
+    shortest: int = 1,
+    streaming: bool = True,
+) -> Iterator[str]:
+    """One column of a data set of the Hugging Face Hub, or of a local folder or script's name.
+
+    shortest: texts with fewer characters are left out. streaming: records are loaded as they are
+    read; otherwise all of the split is downloaded first.
+
+    Raises StatisticsError, with the number of the record, for one that lacks the column or holds
+    something that is no string there, and where the data set cannot be loaded.
+    """
+    place = f"{name} ({', '.join(filter(None, (config, split)))})"
+    number = 0
+    try:
+        from datasets import load_dataset
+
+        records = load_dataset(name, config, split=split, streaming=streaming)
+        for number, record in enumerate(records):
+            if len(text := _text_of(record, column, f"record {number} of {place}")) >= shortest:
+                yield text
+    except StatisticsError:
+        raise
+    except Exception as problem:  # datasets, network and Hub raise many kinds
+        where = f"after record {number} of" if number else "from"
+        raise StatisticsError(
+            f"no more texts can be had {where} {place}: {type(problem).__name__}: {problem}"
+        ) from problem
+
+
+def _text_of(record: object, column: str, where: str) -> str:
+    if not isinstance(record, Mapping):
+        raise StatisticsError(f"{where} is {brief(record)}, not a record with named columns")
+    if column not in record:
+        raise StatisticsError(
+            f"{where} has no column {column!r}, only {sorted(map(str, record))}; name the one that "
+            "holds the texts: column=..."
+        )
+    if not isinstance(text := record[column], str):
+        raise StatisticsError(
+            f"{where} holds {brief(text)} in column {column!r}, which is not a text; leave such "
+            "records out, or name another column"
+        )
+    return text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file without their ends; StatisticsFileError if it cannot be read."""
+    number = 0
+    try:
+        with path.open("rb") as handle:
+            for number, raw in enumerate(handle, start=1):
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as problem:
+        raise StatisticsFileError(
+            f"{path}, line {number}: not UTF-8 (byte {problem.start + 1} of the line). "
+            "Save the file as UTF-8"
+        ) from problem
+    except OSError as problem:
+        raise StatisticsFileError(
+            f"{path}: cannot be read ({problem.strerror}); give text files"
+        ) from problem
+
+
+def check_texts(paths: Sequence[Path]) -> None:
+    """Raise StatisticsFileError for a file that cannot be opened, before any work."""
+    for path in paths:
+        next(_lines(path), None)
+
+
+def _paragraphs(path: Path) -> Iterator[Iterable[str]]:
+    """The lines between blank ones."""
+    for filled, lines in groupby(_lines(path), key=lambda line: bool(line.strip())):
+        if filled:
+            yield lines
+
+
+def file_texts(paths: str | Path | Sequence[str | Path], split: str | None = None) -> Iterator[str]:
+    """The texts of UTF-8 files, in order, one file after another.
+
+    split: "paragraphs": blank lines stand between texts; "lines": each line is a text; None: by
+    lines for a file in which no blank line stands between others, else by paragraphs. Empty texts
+    are left out. Raises StatisticsFileError with file and line for what is not UTF-8, and
+    StatisticsError for another `split`.
+    """
+    if split not in (None, "lines", "paragraphs"):
+        raise StatisticsError(f"split is {brief(split)}; choose 'lines', 'paragraphs' or None")
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    for path in [as_path(one, "a file of texts", StatisticsFileError) for one in several]:
+        single = split is None and len(list(islice(_paragraphs(path), 2))) < 2
+        for lines in _paragraphs(path):
+            if single or split == "lines":
+                yield from lines
+            else:
+                yield "\n".join(lines)

@@ -21,22 +21,21 @@ from unified_edit.errors import (
     NotPositiveDefiniteError,
     ObjectiveError,
     StatisticsError,
-    StatisticsFileError,
     brief,
 )
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.model.hooks import quiet
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.prompts import Encoder
-from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.objective import Metric
-from unified_edit.statistics.collect import Job, Source, collect
-from unified_edit.statistics.sums import shrink_in_place
+from unified_edit.statistics.collect import Job, Source, checkpoints, collect
+from unified_edit.statistics.files import Content, read, write
+from unified_edit.statistics.joining import Part, added_up, check_alike
+from unified_edit.statistics.shares import Counted, checked_part
+from unified_edit.statistics.sums import check_enough, shrink_in_place
 from unified_edit.statistics.weighting import WEIGHTINGS
 
 log = logging.getLogger(__name__)
-
-FORMAT = "unified_edit.key_statistics/2"
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,15 @@ class KeyStatistics:
     `moments` maps a layer to C0 (d_k x d_k, float64), the shrinkage already added, or to a
     function that reads it; `agreement` maps it to the median of |k'C1^-1 k / k'C2^-1 k - 1| over
     fresh keys, where C1 and C2 are the two halves' moments (NaN where a half has no Cholesky
-    factor).
+    factor). `counted` says which texts were counted, and `fresh` holds those keys of each layer
+    (n x d_k, float32): by these two, statistics are added up. Files of older versions lack them.
     """
 
     source: Source
     moments: dict[int, Tensor | Callable[[], Tensor]] = field(repr=False)
     agreement: dict[int, float]
+    counted: Counted | None = field(default=None, repr=False, compare=False)
+    fresh: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _metrics: dict[int, Metric] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -143,9 +145,13 @@ class KeyStatistics:
         tokens: int | None = None,
         checkpoint: str | Path | None = None,
         keep_checkpoint: bool = False,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
         skip_start: bool = False,
         weighting: Literal["tokens", "norm"] = "tokens",
+        part: tuple[int, int] = (0, 1),
+        until: float | None = None,
+        max_memory: int | None = None,
+        folder: str | Path | None = None,
     ) -> KeyStatistics:
         """Run the texts through the model and sum k k' at the given layers.
 
@@ -166,13 +172,27 @@ class KeyStatistics:
         then, the mean square of what the block's output moves by, up to the norm's own weights.
         Without such a norm it is C0 itself.
 
-        Raises StatisticsError for fewer than 2*d_k tokens, unless `shrinkage` is given, for
-        texts that are no strings, and for a checkpoint made from something else; ModelError for
-        a model that cannot be edited or layers it does not have; TokenizationError for a
-        tokenizer that does not belong to the model.
+        `part` = (i, n) counts share i (0 is the first) of n: every n-th group of 256 texts, and
+        the n-th part of `tokens`. Shares are counted anywhere and added up by `joined`.
+        `until` stops when the halves of the text disagree by no more than that at all layers (0.1
+        is converged); they are compared at 4 d_k tokens and whenever there is a quarter more.
+
+        The sums take 9 d_k^2 bytes a layer, with a buffer of 16 KiB for each entry of a key, on
+        the layer's device where that has float64 and room, else on the CPU. `max_memory` bounds
+        them, in bytes: layers beyond it need another pass over the texts, which must be a list
+        then (each pass has a checkpoint of its own), or go into memory-mapped files of `folder`,
+        as their C0 does, which are gone when it is. `batch_tokens` bounds a forward, padding
+        included; by default it fits the machine. Where memory does not suffice for a batch, it is
+        run in two.
+
+        Raises StatisticsError for fewer than 2*d_k tokens, unless `shrinkage` is given or this is
+        one of several parts, for texts that are no strings, for sums that do not fit, and for a
+        checkpoint made from something else; ModelError for a model that cannot be edited or layers
+        it does not have; TokenizationError for a tokenizer that does not belong to the model.
         """
         parts = anatomy(model)
         counts = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "tokens": tokens}
+        counts |= {"max_memory": max_memory}
         whole = {
             name: whole_number(count, name, StatisticsError, least=1)
             for name, count in counts.items()
@@ -193,7 +213,10 @@ class KeyStatistics:
             raise StatisticsError(
                 f"weighting is {brief(weighting)}; choose one of {tuple(WEIGHTINGS)}"
             )
+        if until is not None:
+            until = real_number(until, "until", StatisticsError, above=0)
         place = None if checkpoint is None else as_path(checkpoint, "checkpoint", StatisticsError)
+        files = None if folder is None else as_path(folder, "folder", StatisticsError)
         ledger = ledger_of(model)
         with quiet(model), ledger.base_state():
             job = Job(
@@ -205,20 +228,25 @@ class KeyStatistics:
                 checkpoint=place,
                 skip_start=bool(skip_start),
                 weighting=weighting,
+                part=checked_part(part),
+                until=until,
+                folder=files,
                 **whole,
             )
-            source, moments, agreement = collect(job, texts)
-            made = cls(source, {**moments}, agreement)
-            made._look_at()
-        if place is not None and not keep_checkpoint:
+            found = collect(job, texts)
+        made = cls(found[0], {**found.moments}, *found[2:5])
+        if job.part[1] == 1:
+            made._look_at(found.unsure)
+        for path in () if keep_checkpoint else checkpoints(job):
             with contextlib.suppress(OSError):  # none was written: no reason to lose the work
-                place.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
         return made
 
-    def _look_at(self) -> None:
+    def _look_at(self, unsure: Iterable[int]) -> None:
         """Refuse what has no Cholesky factor while its cause is known; say what is not settled."""
+        for layer in sorted(unsure):
+            self.metric(layer)
         for layer, agreement in self.agreement.items():
-            width = self.metric(layer).dim
             if agreement != agreement:
                 log.warning(
                     "C0 of layer %d: %d tokens are too few to tell whether it has converged (each "
@@ -226,7 +254,7 @@ class KeyStatistics:
                     "specific",
                     layer,
                     self.source.tokens,
-                    width,
+                    self.metric(layer).dim,
                 )
             elif not agreement <= 0.1:
                 log.warning(
@@ -245,40 +273,56 @@ class KeyStatistics:
     def joined(
         cls, each: Sequence[KeyStatistics], layers: Sequence[int] | None = None
     ) -> KeyStatistics:
-        """Statistics of several layers of one model as one object, with the first one's source.
+        """Statistics of one model as one object: several layers, or parts of the same layers.
 
-        layers: which of them; all if None. Raises StatisticsError if they were made from
-        different models, or weigh tokens differently (`weighting`, `skip_start`).
+        Those of different layers stand side by side, with the first one's source. Those of the same
+        layers, from different texts, are added up by their numbers of tokens: C0 is that of all
+        texts, to the last bit whatever the order they are given in. From shares of a corpus it is
+        that of a single run up to the rounding of float64 sums: 2^-53 of sqrt(C_ii C_jj) for each
+        product that is added, of which there are two or three for 4,096 tokens.
+
+        layers: which of them; all if None. Raises StatisticsError if models or the way of counting
+        differ, if a text is in two parts, and if all shares together have fewer than 2*d_k tokens.
         """
-        if len({one.source.fingerprint for one in each}) != 1:
-            raise StatisticsError("statistics of different models cannot be joined")
-        if len({one.source.weighting for one in each}) != 1:
+        check_alike([one.source for one in each], ("fingerprint", "weighting", "skip_start"))
+        alike: dict[tuple[int, ...], list[KeyStatistics]] = {}
+        for one in each:
+            alike.setdefault(one.layers, []).append(one)
+        found = [some[0] if len(some) == 1 else cls._added_up(some) for some in alike.values()]
+        if len({layer for one in found for layer in one.layers}) < sum(
+            len(one.layers) for one in found
+        ):
             raise StatisticsError(
-                "tokens count differently in some of these statistics; collect all of them with "
-                "the same weighting"
-            )
-        if len({one.source.skip_start for one in each}) != 1:
-            raise StatisticsError(
-                "some of these statistics hold the first token of each text and some do not; "
-                "collect all of them with the same skip_start"
+                f"some of these statistics share layers and some do not ({sorted(alike)}); join "
+                "parts of the same layers, or of different ones"
             )
 
         def all_of(name: str) -> dict[int, Any]:
-            items = [item for one in each for item in getattr(one, name).items()]
+            items = [item for one in found for item in getattr(one, name).items()]
             return {layer: value for layer, value in items if layers is None or layer in layers}
 
-        return cls(each[0].source, all_of("moments"), all_of("agreement"), all_of("_metrics"))
+        names = ("moments", "agreement", "fresh", "_metrics")
+        moments, agreement, fresh, metrics = (all_of(name) for name in names)
+        return cls(found[0].source, moments, agreement, found[0].counted, fresh, metrics)
+
+    @classmethod
+    def _added_up(cls, each: Sequence[KeyStatistics]) -> KeyStatistics:
+        """The sum of statistics of the same layers from different texts."""
+        parts = [Part(one.source, one.counted, one.fresh, one.C0) for one in each]
+        source, moments, agreement, counted, fresh = added_up(parts, each[0].layers)
+        made = cls(source, {**moments}, agreement, counted, fresh)
+        if made.source.part is None:
+            check_enough(made.source.tokens, max(map(len, map(made.C0, made.layers))))
+            made._look_at(made.layers)
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all.
 
         Raises StatisticsFileError if it cannot be written.
         """
-        tensors = {f"C0.{layer}": self.C0(layer) for layer in self.layers}
-        agreement = {str(layer): value for layer, value in self.agreement.items()}
-        meta = {"source": vars(self.source), "agreement": agreement}
-        place = as_path(path, "the path of the statistics", StatisticsFileError)
-        write_safetensors(place, tensors, FORMAT, meta, StatisticsFileError)
+        moments = {layer: self.C0(layer) for layer in self.layers}
+        write(path, Content(self.source, moments, self.agreement, self.counted, self.fresh))
 
     @classmethod
     def load(cls, path: str | Path) -> KeyStatistics:
@@ -287,40 +331,17 @@ class KeyStatistics:
         Raises StatisticsFileError if the file is missing, damaged or of another kind. Whether
         it belongs to a model is checked where it is used.
         """
-        place = as_path(path, "the path of the statistics", StatisticsFileError)
-        tensors, meta = read_safetensors(place, FORMAT, StatisticsFileError)
-        try:
-            source = Source(**meta["source"])
-            agreement = {int(layer): float(value) for layer, value in meta["agreement"].items()}
-            moments: dict[int, Any] = {
-                int(name.removeprefix("C0.")): value for name, value in tensors.items()
-            }
-        except (AttributeError, KeyError, TypeError, ValueError) as problem:
-            raise StatisticsFileError(
-                f"{path}: the description of the statistics is incomplete ({problem!r}); collect "
-                "them again"
-            ) from problem
-        if set(moments) != set(agreement):
-            raise StatisticsFileError(
-                f"{path}: it holds C0 of layers {sorted(moments)} but describes layers "
-                f"{sorted(agreement)}; collect the statistics again"
-            )
-        for layer, moment in moments.items():
-            if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-                raise StatisticsFileError(
-                    f"{path}: C0 of layer {layer} has shape {tuple(moment.shape)}, which is not "
-                    "square; collect the statistics again"
-                )
-        return cls(source, moments, agreement)
+        found = read(path)
+        return cls(found.source, {**found.moments}, *found[2:])
 
     def factored(self, path: Path | None = None) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""
 
-        def read(layer: int) -> Tensor:
+        def again(layer: int) -> Tensor:
             if path is None:
                 raise StatisticsError("C0 was not kept beside its factor; collect it again")
             return KeyStatistics.load(path).C0(layer)
 
         metrics = {layer: self.metric(layer) for layer in self.layers}
-        moments: dict[int, Any] = {layer: partial(read, layer) for layer in self.layers}
+        moments: dict[int, Any] = {layer: partial(again, layer) for layer in self.layers}
         return replace(self, moments=moments, _metrics=metrics)

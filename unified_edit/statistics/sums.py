@@ -1,6 +1,9 @@
-"""Sums of k k' over two halves of a text: how they grow, are kept, and what is made of them.
+"""Sums of k k' over two halves of a text: how they grow, where they lie, what is made of them.
 
-The halves say whether there was enough text: they must agree on keys that are in neither.
+The halves say whether there was enough text: they must agree on keys that are in neither. A sum is
+symmetric, so the panels of its upper triangle are all that is computed and kept, and the two
+halves together take hardly more than one d_k x d_k matrix. Keys are gathered in a buffer that one
+product empties, because a sum is much larger than what a batch adds to it: GPT-J's is 2 GiB.
 """
 
 from __future__ import annotations
@@ -8,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +27,239 @@ from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
 
-PARTIAL = "unified_edit.key_statistics/2/partial"
+PARTIAL = "unified_edit.key_statistics/3/partial"
+#: Keys that are gathered before they are multiplied. A product of so many takes ten times as long
+#: as reading and writing the sum that it is added to, or more.
+ROWS = 4096
+#: A triangle is cut into so many panels: 9/16 of the square is computed then.
+PANELS = 8
+#: A panel has no fewer rows than this: products of thin matrices are slow.
+THINNEST = 128
+
+
+class Triangle:
+    """A float64 sum of products k k' (d x d), of which the panels of the upper triangle are kept.
+
+    Panel number i holds rows start_i to start_i+1, from column start_i on. All lie in `data`.
+    """
+
+    def __init__(self, d: int, zeros: Callable[[int], Tensor]) -> None:
+        self.d = d
+        self.data = zeros(self.entries(d))
+        starts, step = self._cuts(d)
+        shapes = [(min(step, d - start), d - start) for start in starts]
+        pieces = self.data.split([rows * columns for rows, columns in shapes])
+        self.panels = {
+            start: piece.view(shape)
+            for start, piece, shape in zip(starts, pieces, shapes, strict=True)
+        }
+
+    @staticmethod
+    def _cuts(d: int) -> tuple[range, int]:
+        step = max(math.ceil(d / PANELS), THINNEST)
+        return range(0, d, step), step
+
+    @classmethod
+    def entries(cls, d: int) -> int:
+        """How many numbers there are of a matrix (d x d)."""
+        starts, step = cls._cuts(d)
+        return sum(min(step, d - start) * (d - start) for start in starts)
+
+    def add(self, keys: Tensor, sign: int = 1) -> None:
+        """Add the sum of k k' over the rows of `keys` (n x d, float32), whose products are so too.
+
+        The keys may be on another device than the sum.
+        """
+        largest = max(panel.numel() for panel in self.panels.values())
+        room = torch.empty(largest, dtype=keys.dtype, device=keys.device)
+        for start, panel in self.panels.items():
+            rows = keys[:, start : start + len(panel)]
+            block = room[: panel.numel()].view_as(panel)
+            torch.mm(rows.T, keys[:, start:], out=block)
+            panel.add_(block.to(panel.device), alpha=sign)
+
+    def add_whole(self, matrix: Tensor, weight: float) -> None:
+        """Add a symmetric matrix (d x d) so many times."""
+        for start, panel in self.panels.items():
+            panel.add_(matrix[start : start + len(panel), start:], alpha=weight)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of the sum (d,)."""
+        return torch.cat([panel.diagonal() for panel in self.panels.values()])
+
+    def full(self, into: Tensor | None = None) -> Tensor:
+        """The whole sum (d x d), symmetric to the last bit."""
+        if into is None:
+            into = torch.empty(self.d, self.d, dtype=self.data.dtype, device=self.data.device)
+        for start, panel in self.panels.items():
+            stop = start + len(panel)
+            into[start:stop, start:] = panel
+            into[stop:, start:stop] = panel[:, len(panel) :].T
+            square = into[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+        return into
+
+
+def in_file(folder: Path, count: int) -> Tensor:
+    """`count` zeros (float64) in a file of `folder` that goes when they go, or this process does.
+
+    Raises StatisticsError where there is no room for it: before any work, not in the middle.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".sums-") as handle:
+            reserve = getattr(os, "posix_fallocate", None)
+            if reserve is None:
+                handle.truncate(8 * count)
+            else:
+                reserve(handle.fileno(), 0, 8 * count)
+            return torch.from_file(handle.name, shared=True, size=count, dtype=torch.float64)
+    except OSError as problem:
+        raise StatisticsError(
+            f"the sums need {8 * count / 2**20:,.0f} MiB in {folder}, which cannot be had: "
+            f"{problem}. Give another folder, make room there, or collect fewer layers at a time"
+        ) from problem
+
+
+class LayerSums:
+    """The two halves' sums at one layer, and the keys that are not in them yet.
+
+    The buffer is filled with the first half's keys from its beginning and the second's from its
+    end; where they meet, both are summed. fresh: keys that are set aside, in neither half.
+    """
+
+    def __init__(self, one: NamedWeight, aside: int, folder: Path | None = None) -> None:
+        device = one.parameter.device
+        self.place = _place(device, self.needed(one.d_in)) if folder is None else None
+
+        def zeros(count: int) -> Tensor:
+            if folder is not None:
+                return in_file(folder, count)
+            return torch.zeros(count, dtype=torch.float64, device=self.place)
+
+        self.folder = folder
+        self.halves = [Triangle(one.d_in, zeros) for _ in range(2)]
+        self.buffer = torch.empty(ROWS, one.d_in, device=device)
+        self.fresh = torch.zeros(aside, one.d_in, device=device)
+        self._ends = [0, ROWS]
+
+    @staticmethod
+    def needed(d: int) -> int:
+        """Bytes of the sums and the buffer of one layer whose keys have d entries."""
+        return 16 * Triangle.entries(d) + 4 * ROWS * d
+
+    def add(self, keys: Tensor, half: int) -> None:
+        """Take keys (n x d) for one half."""
+        while len(keys):
+            front, back = self._ends
+            taken, keys = keys[: back - front], keys[back - front :]
+            if half == 0:
+                self.buffer[front : front + len(taken)] = taken
+                self._ends[0] += len(taken)
+            else:
+                self.buffer[back - len(taken) : back] = taken
+                self._ends[1] -= len(taken)
+            if self._ends[0] == self._ends[1]:
+                self.flush()
+
+    def flush(self) -> None:
+        """Sum what is in the buffer."""
+        front, back = self._ends
+        if front:
+            self.halves[0].add(self.buffer[:front])
+        if back < ROWS:
+            self.halves[1].add(self.buffer[back:])
+        self._ends = [0, ROWS]
+
+    def total(self, count: int) -> Tensor:
+        """C0 (d x d) of all keys, those set aside included; the sums are of no use after."""
+        first, second = self.halves
+        first.data.add_(second.data)
+        first.add(self.fresh)
+        first.data.div_(count)
+        if self.folder is None:
+            return first.full().cpu()
+        return first.full(in_file(self.folder, first.d**2).view(first.d, first.d))
+
+
+def _place(device: torch.device, needed: int) -> torch.device:
+    """Where sums of so many bytes are kept: beside the model, if there is room and float64."""
+    cpu = torch.device("cpu")
+    if device.type == "mps":
+        log.info("MPS has no float64: the sums of the key statistics are kept on the CPU")
+        return cpu
+    if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0] // 2:
+        log.info("little memory is free on %s: sums of a layer are kept on the CPU", device)
+        return cpu
+    return device
 
 
 class Sums:
-    """Running float64 sums of k k' of two halves of the text, for all layers of a pass.
+    """Running sums of k k' at all layers of a pass, and what they are of.
 
-    aside: so many keys, the first ones, are in neither half, but in `fresh`.
+    aside: so many keys, the first ones, are in neither half, but in `fresh`. max_memory: bytes;
+    sums of layers beyond it lie in files of `folder`.
     """
 
-    def __init__(self, weights: Sequence[NamedWeight], aside: int) -> None:
+    def __init__(
+        self,
+        weights: Sequence[NamedWeight],
+        aside: int,
+        max_memory: int | None = None,
+        folder: Path | None = None,
+    ) -> None:
         self.aside = aside
-        self.halves = {
-            one.layer: [torch.zeros(one.d_in, one.d_in, dtype=torch.float64) for _ in range(2)]
-            for one in weights
-        }
-        self.fresh = {one.layer: torch.zeros(0, one.d_in) for one in weights}
+        self.layers: dict[int, LayerSums] = {}
+        used = 0
+        for one in weights:
+            used += LayerSums.needed(one.d_in)
+            beyond = max_memory is not None and used > max_memory
+            self.layers[one.layer] = LayerSums(one, aside, folder if beyond else None)
         self.counts = [0, 0]
+        self.fresh = 0
         self.groups = 0
         self.texts = 0
         self.digest = hashlib.sha256()
 
-    def add(self, keys: dict[int, Tensor], half: int) -> None:
-        """Add keys ({layer: tokens x d_k}) to one half; the first ones of all stay fresh."""
-        missing = self.aside - len(next(iter(self.fresh.values())))
-        taken = min(missing, len(next(iter(keys.values()))))
-        for layer, rows in keys.items():
-            rows = rows.float()
-            if taken:
-                self.fresh[layer] = torch.cat([self.fresh[layer], rows[:taken].cpu()])
-            rest = rows[taken:]
-            self.halves[layer][half].add_((rest.T @ rest).cpu())
-        self.counts[half] += len(next(iter(keys.values()))) - taken
-
     @property
     def seen(self) -> int:
         """Tokens taken so far, those set aside included."""
-        return sum(self.counts) + len(next(iter(self.fresh.values())))
+        return sum(self.counts) + self.fresh
+
+    def add(self, keys: dict[int, list[Tensor]]) -> None:
+        """Add keys of a batch: {layer: those to set aside, of the first half, of the second}."""
+        for layer, (fresh, *halves) in keys.items():
+            one = self.layers[layer]
+            one.fresh[self.fresh : self.fresh + len(fresh)] = fresh
+            for half, rows in enumerate(halves):
+                one.add(rows, half)
+        fresh, *halves = next(iter(keys.values()))
+        self.fresh += len(fresh)
+        self.counts = [count + len(rows) for count, rows in zip(self.counts, halves, strict=True)]
+
+    def settle(self) -> None:
+        """Sum all that was taken; raises StatisticsError if any of it was not finite.
+
+        Once a group: asking a GPU for a number waits for it.
+        """
+        for layer, one in self.layers.items():
+            one.flush()
+            parts = [*(half.diagonal() for half in one.halves), one.fresh.sum().double()[None]]
+            if not torch.isfinite(torch.cat([part.to(parts[0].device) for part in parts])).all():
+                raise StatisticsError(
+                    f"keys at layer {layer} are not finite; the model's weights hold NaN or "
+                    "its type overflows: load it again, or in float32 or bfloat16"
+                )
 
     def save(self, path: Path, description: dict[str, Any]) -> None:
         """Write the sums and what they are of; where that fails, only a warning is given."""
-        tensors = {
-            f"{half}.{layer}": sums
-            for layer, pair in self.halves.items()
-            for half, sums in enumerate(pair)
-        }
-        tensors |= {f"fresh.{layer}": keys for layer, keys in self.fresh.items()}
+        tensors: dict[str, Tensor] = {}
+        for layer, one in self.layers.items():
+            tensors |= {f"{half}.{layer}": sums.data for half, sums in enumerate(one.halves)}
+            tensors[f"fresh.{layer}"] = one.fresh
         state = {
             "counts": self.counts,
+            "fresh": self.fresh,
             "groups": self.groups,
             "texts": self.texts,
             "corpus": self.digest.hexdigest(),
@@ -88,18 +279,13 @@ class Sums:
                 f"the checkpoint {path} belongs to another run ({meta} instead of "
                 f"{description}); delete it or give another path"
             )
-        for layer, pair in self.halves.items():
-            for half in range(2):
-                pair[half] = tensors[f"{half}.{layer}"]
-            self.fresh[layer] = tensors[f"fresh.{layer}"]
-        self.counts, self.groups = list(state["counts"]), int(state["groups"])
+        for layer, one in self.layers.items():
+            for half, sums in enumerate(one.halves):
+                sums.data.copy_(tensors.pop(f"{half}.{layer}"))
+            one.fresh.copy_(tensors.pop(f"fresh.{layer}"))
+        self.counts, self.fresh = list(state["counts"]), int(state["fresh"])
+        self.groups = int(state["groups"])
         return state
-
-
-def mean(halves: list[Tensor], count: int) -> Tensor:
-    """C0 of two halves' sums, in the memory of the first."""
-    first, second = halves
-    return first.add_(second).div_(count)
 
 
 def shrink_in_place(moment: Tensor, shrinkage: float) -> None:
@@ -107,18 +293,40 @@ def shrink_in_place(moment: Tensor, shrinkage: float) -> None:
     moment.diagonal().add_(shrinkage * moment.diagonal().mean())
 
 
-def agreement(halves: list[Tensor], counts: list[int], fresh: Tensor) -> float:
-    """Median of |k'C1^-1 k / k'C2^-1 k - 1| over fresh keys; NaN if a half cannot be factored."""
+def check_enough(tokens: int, width: int) -> None:
+    """Raise StatisticsError if C0 of keys with so many entries has too few tokens."""
+    if tokens < 2 * width:
+        raise StatisticsError(
+            f"the corpus gave {tokens} tokens for C0, fewer than 2*d_k = {2 * width}: C0 would "
+            f"hardly be invertible. Give about 10*d_k = {10 * width} tokens, or pass "
+            "shrinkage=1e-3 and say so in your results"
+        )
+
+
+def agreement(
+    halves: Sequence[Triangle], counts: Sequence[int], fresh: Tensor
+) -> tuple[float, float]:
+    """Median of |k'C1^-1 k / k'C2^-1 k - 1| over fresh keys (n x d); NaN if a half has no factor.
+
+    The second number is the smallest pivot of both factors, as a share of the diagonal entry that
+    it is left of: not small, both halves and their sum are far from singular.
+    """
     if min(counts) < fresh.shape[1] or not len(fresh):  # a half is singular
-        return float("nan")
+        return float("nan"), 0.0
     # a coordinate that is zero in every key of a half says nothing; half precision has some
     alive = (halves[0].diagonal() * halves[1].diagonal()).nonzero()[:, 0]
-    keys, costs = fresh[:, alive].double().T, []
+    keys = fresh.to(alive.device)[:, alive].double().T
+    costs, pivots = [], []
     for half, count in zip(halves, counts, strict=True):
-        if len(alive) < len(half):
-            half = half[alive][:, alive]
-        factor, bad = torch.linalg.cholesky_ex(half / count)
+        matrix = half.full().div_(count)
+        if len(alive) < half.d:
+            matrix = matrix[alive][:, alive]
+        diagonal = matrix.diagonal().clone()
+        # by columns, as LAPACK has it, the factor takes the place of the matrix
+        factor, bad = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, bad))
         if bad:
-            return float("nan")
+            return float("nan"), 0.0
         costs.append(torch.linalg.solve_triangular(factor, keys, upper=False).square().sum(0))
-    return float((costs[0] / costs[1] - 1).abs().median())
+        pivots.append(float((factor.diagonal().square() / diagonal).min()))
+    return float((costs[0] / costs[1] - 1).abs().median()), min(pivots)

@@ -1,0 +1,77 @@
+"""Key statistics as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from unified_edit.arguments import as_path
+from unified_edit.errors import StatisticsFileError
+from unified_edit.model.tensor_files import read_safetensors, write_safetensors
+from unified_edit.statistics.collect import Source
+from unified_edit.statistics.shares import Counted
+
+FORMAT = "unified_edit.key_statistics/3"
+#: Its C0 lacks the keys set aside for the check, and it does not say which texts it counts.
+OLDER = "unified_edit.key_statistics/2"
+
+
+class Content(NamedTuple):
+    """What a file of key statistics holds; see `KeyStatistics`."""
+
+    source: Source
+    moments: dict[int, Tensor]
+    agreement: dict[int, float]
+    counted: Counted | None
+    fresh: dict[int, Tensor]
+
+
+def write(path: str | Path, content: Content) -> None:
+    """Write a safetensors file, whole or not at all; StatisticsFileError if it cannot be."""
+    tensors = {f"C0.{layer}": moment for layer, moment in content.moments.items()}
+    tensors |= {f"fresh.{layer}": keys for layer, keys in content.fresh.items()}
+    if content.counted is not None:
+        tensors |= content.counted.tensors()
+    agreement = {str(layer): value for layer, value in content.agreement.items()}
+    meta = {"source": vars(content.source), "agreement": agreement}
+    place = as_path(path, "the path of the statistics", StatisticsFileError)
+    write_safetensors(place, tensors, FORMAT, meta, StatisticsFileError)
+
+
+def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    """The tensors of one kind, by their layers."""
+    kinds = {name: name.partition(".") for name in tensors}
+    return {int(layer): tensors[name] for name, (of, _, layer) in kinds.items() if of == kind}
+
+
+def read(path: str | Path) -> Content:
+    """What `write` wrote, or an older version did.
+
+    Raises StatisticsFileError if the file is missing, damaged or of another kind.
+    """
+    place = as_path(path, "the path of the statistics", StatisticsFileError)
+    tensors, meta = read_safetensors(place, FORMAT, StatisticsFileError, older=(OLDER,))
+    try:
+        source = Source(**meta["source"])
+        agreement = {int(layer): float(value) for layer, value in meta["agreement"].items()}
+        moments, fresh = _by_layer(tensors, "C0"), _by_layer(tensors, "fresh")
+        counted = Counted.taken_from(tensors) if fresh else None
+    except (AttributeError, KeyError, TypeError, ValueError) as problem:
+        raise StatisticsFileError(
+            f"{path}: the description of the statistics is incomplete ({problem!r}); collect "
+            "them again"
+        ) from problem
+    if set(moments) != set(agreement):
+        raise StatisticsFileError(
+            f"{path}: it holds C0 of layers {sorted(moments)} but describes layers "
+            f"{sorted(agreement)}; collect the statistics again"
+        )
+    for layer, moment in moments.items():
+        if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+            raise StatisticsFileError(
+                f"{path}: C0 of layer {layer} has shape {tuple(moment.shape)}, which is not "
+                "square; collect the statistics again"
+            )
+    return Content(source, moments, agreement, counted, fresh)
