@@ -29,6 +29,7 @@ from unified_edit.errors import (
     EditFileError,
     FactError,
     MethodError,
+    ModelError,
     RunFolderError,
     TokenizationError,
 )
@@ -279,9 +280,14 @@ def begun(place, tmp_path):
 
 def test_the_last_step_may_come_later(begun, alone):
     before = kept(begun)
+    old, new = (begun / "pieces" / "values" / name for name in (".old.x", ".new.x"))
+    for path in (old, new):  # what a kill left, and what somebody may be writing
+        path.touch()
+    os.utime(old, (time.time() - 61, time.time() - 61))
     found = ue.run(begun, gather=True)
     same_edit(found.edit, alone.edit)
     assert kept(begun) == before
+    assert half_written(begun) == [new]
     assert [sign["pieces"] for sign in signs(begun)] == [{"values": 5}, {}]
 
 
@@ -571,6 +577,27 @@ def test_a_process_knows_its_share(environment, share):
     assert (found.rank, found.processes) == share
 
 
+def test_prefixes_are_those_of_the_process_that_began(begun, alone, monkeypatch):
+    """Another kind of machine may sample others, and would find no piece."""
+    monkeypatch.setattr("unified_edit.editing.editor.sample_prefixes", lambda *_: ("", "It. "))
+    found = ue.run(begun)
+    same_edit(found.edit, alone.edit)
+    assert [sign["pieces"] for sign in signs(begun)] == [{"values": 5}, {}]
+
+
+def test_each_process_of_a_machine_has_its_own_card(place, tmp_path, monkeypatch):
+    def opened(**told):
+        raise ModelError(told["device"])
+
+    monkeypatch.setattr("unified_edit.running.work.load_model", opened)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, asked, card in (("3", "cuda", "cuda:3"), ("5", "cuda", "cuda:1"),
+                              ("3", "cuda:0", "cuda:0"), ("", "cuda", "cuda")):  # fmt: skip
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ModelError, match=f"^{card}$"):
+            ue.run(**given(place, tmp_path / "run"), device=asked)
+
+
 def test_shares_begin_all_over_the_list():
     begins = [Share(rank, 3).begin(10) for rank in range(3)]
     assert begins == [0, 3, 6]
@@ -601,6 +628,8 @@ def test_the_command_goes_on_by_the_folder_alone(place, tmp_path, capsys):
     assert "facts took" in told and "together" in told and "edit.safetensors" in told
     assert cli.main(["run", folder, "--seed", "4"]) == 1
     assert "seed: 0 there, 4 here" in capsys.readouterr().err
+    assert cli.main(["run", folder, "--seed", "4", "--accept-changes"]) == 0
+    assert "facts took" in capsys.readouterr().out
     assert cli.main(["status", str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
 

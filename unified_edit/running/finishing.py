@@ -25,14 +25,15 @@ from unified_edit.measuring import Report, evaluate
 from unified_edit.measuring.answer_lines import plain
 from unified_edit.measuring.report import as_text
 from unified_edit.model.tensor_files import written_whole
-from unified_edit.running.pieces import ValueStage
-from unified_edit.running.settings import Settings
+from unified_edit.running.pieces import PIECES, ValueStage
+from unified_edit.running.settings import ANSWERS, Settings
 from unified_edit.running.shares import StatisticsStage
 from unified_edit.running.status import EDIT, SUMMARY, RunState, duration, read_summary
+from unified_edit.running.workers import DEAD_AFTER
 
 log = logging.getLogger(__name__)
 
-ANSWERS, TEXT = "answers.jsonl", "summary.txt"
+TEXT = "summary.txt"
 
 
 def is_finished(folder: Path, config: str) -> bool:
@@ -75,6 +76,9 @@ def finish(
             )  # fmt: skip
     _write(folder, config, edit, report, times)
     collecting.clear()
+    for path in (folder / PIECES).rglob(".*"):  # what a kill left half written
+        if time.time() - path.stat().st_mtime > DEAD_AFTER:
+            path.unlink(missing_ok=True)
     return True
 
 

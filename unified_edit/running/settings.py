@@ -38,6 +38,8 @@ from unified_edit.running.workers import seen_in
 
 FORMAT = "unified_edit.run/1"
 CONFIG, FACTS, RECORDS = "config.json", "facts.jsonl", "records.jsonl"
+#: What was answered about the records: of this edit only.
+ANSWERS = "answers.jsonl"
 
 #: Facts of one piece: what is lost at most when a process dies, and what is optimised together.
 PIECE = 16
@@ -285,6 +287,8 @@ class RunFolder:
         path = self.path / CONFIG
         text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1) + "\n"
         try:
+            if not first:
+                (self.path / ANSWERS).unlink(missing_ok=True)
             _lines(self.path / FACTS, settings.facts)
             if settings.records:
                 _lines(self.path / RECORDS, settings.records)

@@ -159,9 +159,9 @@ class StatisticsStage:
 
     def clear(self) -> None:
         """Delete the shares: they are in the files of the layers."""
-        for piece in self.pieces:
-            for name in piece.files:
-                (self.folder.parent / name).unlink(missing_ok=True)
+        if self.given is None:
+            for path in self.folder.glob(f"{self._name}-*.safetensors"):
+                path.unlink(missing_ok=True)
 
 
 def _beginning(path: Path) -> str:
