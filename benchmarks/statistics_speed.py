@@ -139,13 +139,18 @@ def main() -> None:
     if args.peak:
         print(peak(ours if args.peak == "ours" else others))
         return
-    found, released = ours(), others()
+    last: dict[str, Any] = {}
+    timed = {"ours": ours, "others": others, **floor(model, tokenizer, texts)}
+
+    def kept(name: str) -> Callable[[], None]:
+        return lambda: last.__setitem__(name, timed[name]())
+
+    taken = rows.interleaved({name: kept(name) for name in timed}, args.rounds, rows.cpu_seconds)
+    found, released = last["ours"], last["others"]
     differences = [
         float((found.C0(layer) - moment.double()).norm() / found.C0(layer).norm())
         for layer, moment in zip(LAYERS, released, strict=True)
     ]
-    jobs = {"ours": ours, "others": others, **floor(model, tokenizer, texts)}
-    taken = rows.interleaved(jobs, args.rounds, rows.cpu_seconds)
     memory = {
         name: float(
             subprocess.run(

@@ -21,7 +21,7 @@ from unified_edit.editing.edit_files import FORMAT as EDIT_FORMAT
 from unified_edit.errors import EditError, EditFileError, StatisticsFileError
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.statistics import KeyStatistics
-from unified_edit.statistics.key_statistics import FORMAT as STATISTICS_FORMAT
+from unified_edit.statistics.files import FORMAT as STATISTICS_FORMAT
 
 # --- files that are read ---
 

@@ -54,12 +54,12 @@ def place(tmp_path_factory, make_gpt2, tiny_tokenizer, tiny_texts):
     stats = ue.KeyStatistics.collect(model, tokenizer, tiny_texts, (0, 1), shrinkage=1e-2)
     stats.save(folder / "stats.safetensors")
     (folder / "texts.txt").write_text("\n".join(tiny_texts), encoding="utf-8")
-    # 256 tokens are set aside and 2 * d_k = 96 wanted: 300 are too few without shrinkage
+    # 2 * d_k = 96 tokens are wanted: 80 are too few without shrinkage
     count, few = 0, []
-    while count < 300:
+    while count < 80:
         few.append(tiny_texts[len(few)])
         count += len(tokenizer(few[-1])["input_ids"])
-    assert count < 256 + 96
+    assert count < 96
     (folder / "few.txt").write_text("\n\n".join(few), encoding="utf-8")
     lines = [json.dumps(fact) for fact in FACTS]
     (folder / "facts.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -175,6 +175,10 @@ def test_version(capsys):
         (["evaluate", "--to", "same", "--table", "same"], "the same file"),
         (["statistics", "--out", "x"], "--layers"),
         (["statistics", "--out", "x", "--layers", "0", "--split", "lines"], "with --texts only"),
+        (["statistics", "--out", "x", "--layers", "0", "--config", "en"], "with --dataset only"),
+        (["statistics", "--out", "x", "--layers", "0", "--join", "a"], "or else --join"),
+        (["statistics", "--out", "x", "--texts", "a", "--join", "b"], "exclude each other"),
+        (["statistics", "--out", "x", "--layers", "0", "--part", "2/2"], "is not a share"),
     ],
 )
 def test_a_wrong_command_line(arguments, message, capsys, tmp_path, monkeypatch):
@@ -549,6 +553,25 @@ def test_what_a_text_is(content, split, texts, tmp_path):
     assert list(file_texts([path, tmp_path / "b.txt"], split)) == [*texts, "last"]
 
 
+def test_shares_are_joined(run, place, out, monkeypatch):
+    """Counted one by one, by the program, and added up by it: what one run gives."""
+    monkeypatch.setattr(collect, "GROUP", 16)
+    command = ("statistics", "--model", "model", "--layers", 0, "--texts", "texts.txt")
+    shares = [out.with_name(f"share-{index}.safetensors") for index in range(2)]
+    for index, path in enumerate(shares):
+        shown, _ = run(*command, "--part", f"{index}/2", "--out", path)
+        assert f"share {index} of 0..1" in shown
+    document = json.loads(run("statistics", "--join", *shares, "--out", out, "--json")[0])
+    assert document["joined"] == list(map(str, shares))
+    whole = out.with_name("whole.safetensors")
+    run(*command, "--out", whole)
+    joined, wanted = ue.KeyStatistics.load(out), ue.KeyStatistics.load(whole)
+    assert torch.allclose(joined.C0(0), wanted.C0(0), rtol=1e-12, atol=1e-14)
+    assert joined.source.tokens == wanted.source.tokens
+    _, err = run("statistics", "--join", shares[0], shares[0], "--out", whole, "--force", code=1)
+    assert "count the same share of one corpus (0 of 0..1)" in err
+
+
 def test_a_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\n\ntwo \xff\n")
@@ -755,7 +778,7 @@ def test_files_of_an_older_version(option, name, run, place, tmp_path):
         metadata = handle.metadata()
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     kind = metadata["kind"]
-    assert kind.endswith("/2")
+    assert kind[-2:] in ("/2", "/3")
     old = tmp_path / name
     save_file(tensors, old, metadata={**metadata, "kind": kind[:-1] + "1"})
     arguments = ["--model", "model", "--records", "records.jsonl", option, old]

@@ -17,8 +17,8 @@ from unified_edit.atlas.corpus import texts
 from unified_edit.atlas.knowledge import load_knowledge
 from unified_edit.errors import StatisticsError, StatisticsFileError, brief
 
-#: Shorter texts of WikiText and Wikipedia are headings and stubs, and no prose.
-PROSE = 200
+#: Texts of WikiText and Wikipedia with fewer characters are headings and stubs, and no prose.
+PROSE = 201
 
 
 def wikitext_extract() -> list[str]:

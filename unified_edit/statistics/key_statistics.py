@@ -52,9 +52,9 @@ class KeyStatistics:
     source: Source
     moments: dict[int, Tensor | Callable[[], Tensor]] = field(repr=False)
     agreement: dict[int, float]
+    _metrics: dict[int, Metric] = field(default_factory=dict, repr=False, compare=False)
     counted: Counted | None = field(default=None, repr=False, compare=False)
     fresh: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _metrics: dict[int, Metric] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -234,7 +234,7 @@ class KeyStatistics:
                 **whole,
             )
             found = collect(job, texts)
-        made = cls(found[0], {**found.moments}, *found[2:5])
+        made = cls(found[0], {**found.moments}, found[2], {}, *found[3:5])
         if job.part[1] == 1:
             made._look_at(found.unsure)
         for path in () if keep_checkpoint else checkpoints(job):
@@ -303,14 +303,14 @@ class KeyStatistics:
 
         names = ("moments", "agreement", "fresh", "_metrics")
         moments, agreement, fresh, metrics = (all_of(name) for name in names)
-        return cls(found[0].source, moments, agreement, found[0].counted, fresh, metrics)
+        return cls(found[0].source, moments, agreement, metrics, found[0].counted, fresh)
 
     @classmethod
     def _added_up(cls, each: Sequence[KeyStatistics]) -> KeyStatistics:
         """The sum of statistics of the same layers from different texts."""
         parts = [Part(one.source, one.counted, one.fresh, one.C0) for one in each]
         source, moments, agreement, counted, fresh = added_up(parts, each[0].layers)
-        made = cls(source, {**moments}, agreement, counted, fresh)
+        made = cls(source, {**moments}, agreement, {}, counted, fresh)
         if made.source.part is None:
             check_enough(made.source.tokens, max(map(len, map(made.C0, made.layers))))
             made._look_at(made.layers)
@@ -332,7 +332,7 @@ class KeyStatistics:
         it belongs to a model is checked where it is used.
         """
         found = read(path)
-        return cls(found.source, {**found.moments}, *found[2:])
+        return cls(found.source, {**found.moments}, found.agreement, {}, *found[3:])
 
     def factored(self, path: Path | None = None) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""

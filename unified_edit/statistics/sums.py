@@ -87,6 +87,13 @@ class Triangle:
         """The diagonal of the sum (d,)."""
         return torch.cat([panel.diagonal() for panel in self.panels.values()])
 
+    def upper(self) -> Tensor:
+        """The sum in the upper triangle of a matrix (d x d), whose lower one is of no meaning."""
+        into = torch.zeros(self.d, self.d, dtype=self.data.dtype, device=self.data.device)
+        for start, panel in self.panels.items():
+            into[start : start + len(panel), start:] = panel
+        return into
+
     def full(self, into: Tensor | None = None) -> Tensor:
         """The whole sum (d x d), symmetric to the last bit."""
         if into is None:
@@ -318,11 +325,12 @@ def agreement(
     keys = fresh.to(alive.device)[:, alive].double().T
     costs, pivots = [], []
     for half, count in zip(halves, counts, strict=True):
-        matrix = half.full().div_(count)
+        matrix = half.upper().div_(count)
         if len(alive) < half.d:
             matrix = matrix[alive][:, alive]
         diagonal = matrix.diagonal().clone()
-        # by columns, as LAPACK has it, the factor takes the place of the matrix
+        # by columns, as LAPACK has it, the upper triangle is the lower one, which alone is read,
+        # and the factor takes its place
         factor, bad = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(factor, out=(factor, bad))
         if bad:
