@@ -475,6 +475,28 @@ def test_a_full_disk_is_told_and_keeps_what_was_finished(
         assert signs(tmp_path)[1]["pieces"] == {"values": 3}
 
 
+def test_a_piece_that_fails_is_named_and_the_next_run_does_it(place, tmp_path, monkeypatch, alone):
+    """Memory runs out even for one fact, say."""
+    plain, calls = Editor.optimise_values, []
+
+    def no_memory(self, facts, *arguments, **more):
+        calls.append(facts)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return plain(self, facts, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Editor, "optimise_values", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            ue.run(**given(place, tmp_path))
+    (line,) = ue.RunState.read(tmp_path).lines()
+    assert "failed: OutOfMemoryError: out of memory; did 4 facts" in line
+    (log,) = (tmp_path / "workers").glob("*.log")
+    assert "values 3 cannot be made" in log.read_text()
+    same_edit(ue.run(tmp_path).edit, alone.edit)
+    assert signs(tmp_path)[1]["pieces"] == {"values": 3}
+
+
 def test_broken_facts_are_told_with_their_line(place, tmp_path, capsys):
     lines = [json.dumps({"prompt": f.prompt, "subject": f.subject, "target_new": f.target_new})
              for f in FACTS]  # fmt: skip

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks at whether another process has finished its piece.
 LOOK = 0.5
+#: Times that damaged pieces are computed again.
+ATTEMPTS = 3
 SOLVING, LOCK = "solving", "solving.lock"
 
 
@@ -123,7 +125,7 @@ def run(
         values = ValueStage(place.path, editor, settings)
         collecting = StatisticsStage(place.path, editor, settings)
         work = Work(worker, (collecting, values), share)
-        while True:
+        for _ in range(ATTEMPTS):  # more than one where a piece proves to be damaged
             if gather is not True:
                 work.through()
             if gather is False:
@@ -139,6 +141,11 @@ def run(
                     f"{place.path}: not all pieces are there ({RunState.read(place.path).told}); "
                     "run it without --gather (gather=True) first, which computes them"
                 )
+        else:
+            raise RunFolderError(
+                f"{place.path}: pieces that were just written cannot be read, {ATTEMPTS} times in "
+                "turn; look at the disk, or give another folder"
+            )
     return RunState.read(place.path)
 
 
