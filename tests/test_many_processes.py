@@ -438,13 +438,13 @@ def test_a_piece_that_is_cut_short_is_computed_again(begun, alone, caplog, last)
 def test_a_full_disk_is_told_and_keeps_what_was_finished(
     place, tmp_path, monkeypatch, alone, place_of
 ):
-    """The fifth file, a sign of life, the edit: there is no room for it."""
+    """The sixth file, half a piece; a sign of life, the edit: there is no room for it."""
     plain, count = tensor_files.save_file, 0
 
     def no_room(tensors, path, **more):
         nonlocal count
         count += 1
-        if (place_of, count) == ("piece", 5) or (place_of == "edit" and "edit" in path.name):
+        if (place_of, count) == ("piece", 6) or (place_of == "edit" and "edit" in path.name):
             raise OSError(28, "No space left on device")
         plain(tensors, path, **more)
 
@@ -462,7 +462,7 @@ def test_a_full_disk_is_told_and_keeps_what_was_finished(
         patch.setattr(workers, "json", SimpleNamespace(dumps=no_sign, loads=json.loads))
         with pytest.raises((EditFileError, RunFolderError), match=r"No space left.*room"):
             ue.run(**given(place, tmp_path))
-    done = {"piece": 4, "sign": 4, "edit": 9}[place_of]
+    done = {"piece": 5, "sign": 4, "edit": 9}[place_of]
     assert len(kept(tmp_path)) == done
     assert half_written(tmp_path) == []
     state = ue.RunState.read(tmp_path)
