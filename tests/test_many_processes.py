@@ -664,6 +664,7 @@ def test_what_is_left_is_told_from_what_was_done(begun):
     sign_of(begun, seconds={"values": 10.0}, pieces={"values": 5})
     state = ue.RunState.read(begun)
     assert len(state.alive) == 2
+    assert state.left == pytest.approx(5 * state.table["a piece"][0] / 2)
     assert "for 2 processes" in time_left(state)
 
 
