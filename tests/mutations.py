@@ -83,6 +83,12 @@ FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
 HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
 HOOKED = ("tests/test_hook_layers.py", "-k", "sample or never_written or in_and_out or false_opens")
+RUN_FOLDERS = (
+    "tests/test_many_processes.py",
+    "-k",
+    "configuration or living or accepted or prefixes or folder_alone",
+)
+RUN_PIECES = ("tests/test_many_processes.py", "-k", "damaged_share or one_value or left or full")
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -124,6 +130,8 @@ CHAPTERS = {
     PRESETS: (),
     HOOKS: (),
     HOOKED: (),
+    RUN_FOLDERS: (),
+    RUN_PIECES: (),
 }
 
 FAULTS = (
@@ -645,6 +653,28 @@ FAULTS = (
     Fault("edited subjects count as false opens", "editing/hook_measures.py",
           "chosen = (one.subject == at_subjects).nonzero().squeeze(1)",
           "chosen = (one.subject | ~one.subject).nonzero().squeeze(1)", HOOKED),
+    Fault("a process without a sign is dead at once", "running/workers.py",
+          "self.age > DEAD_AFTER", "self.age > 0", RUN_FOLDERS),
+    Fault("what others are at is taken too", "running/work.py",
+          "others = {sign.piece for sign in self.worker.others()}", "others = set()", RUN_FOLDERS),
+    Fault("a folder takes any configuration", "running/settings.py",
+          "        if not accept_changes:", "        if False:", RUN_FOLDERS),
+    Fault("two configurations at work in one folder", "running/settings.py",
+          "        if living:", "        if False:", RUN_FOLDERS),
+    Fault("every share is the first one", "running/shares.py",
+          "part=(place, self._shares)", "part=(0, self._shares)", RUN_PIECES),
+    Fault("facts of one value count as one", "running/pieces.py",
+          "room -= len(column)", "room -= 1", RUN_PIECES),
+    Fault("each process has prefixes of its own", "running/work.py",
+          '    _use_prefixes(editor, settings, config.made_of["prefixes"])\n', "    pass\n",
+          RUN_FOLDERS),
+    Fault("a piece is done when one of its files is there", "running/pieces.py",
+          "return there.issuperset(self.files)", "return not there.isdisjoint(self.files)",
+          RUN_PIECES),
+    Fault("a changed configuration keeps the old answers", "running/settings.py",
+          "            if not first:", "            if False:", RUN_FOLDERS),
+    Fault("what is left is told for one process", "running/status.py",
+          "return work / max(1, len(self.alive))", "return work", RUN_PIECES),
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
 from unified_edit.statistics import cache, collect, file_texts
 
-COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures")
+COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures", "run", "status")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
 FACTS = [
     {"prompt": PROMPT, "subject": SUBJECT, "target_new": TARGET, "target_true": "Rome"},

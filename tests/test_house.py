@@ -32,6 +32,7 @@ FLOORS = (
     "statistics",
     "editing",
     "measuring",
+    "running",
     "teaching",
     "command_line",
 )

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         sweep,
     )
     from unified_edit.objective import Budget
+    from unified_edit.running import RunState, run
     from unified_edit.statistics import KeyStatistics
     from unified_edit.teaching import exercises, sliders
 
@@ -78,6 +79,7 @@ _FLOORS = {
         "harness_scores load_records locate suggest_layers sweep"
     ),
     "objective": "Budget",
+    "running": "RunState run",
     "statistics": "KeyStatistics",
 }
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}

@@ -86,6 +86,10 @@ class ReportFileError(UnifiedEditError, ValueError):
     """A file of answers is damaged, not one of ours, or was made from something else."""
 
 
+class RunFolderError(UnifiedEditError, ValueError):
+    """The folder of a run was begun with something else, is damaged, or cannot be written."""
+
+
 def quote(text: str, width: int = 80) -> str:
     """`text` in quotes, shortened to about `width` characters, for messages."""
     return repr(text if len(text) <= width else text[: width - 3] + "...")

@@ -11,6 +11,8 @@ examples:
   python -m unified_edit suggest --records atlas --clamps 1.25
   python -m unified_edit sweep --methods EMMET MEMIT --batch-sizes 1 10 100 --to sweep
   python -m unified_edit figures sweep --to pictures
+  python -m unified_edit run many --records atlas --limit 100 --method MEMIT
+  python -m unified_edit status many
 
 "python -m unified_edit COMMAND --help" tells more about each command.
 """
@@ -27,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, get_args
 
-from unified_edit.command_line import options, sweep_options
+from unified_edit.command_line import options, run_options, sweep_options
 from unified_edit.command_line.options import path_of, whole
 from unified_edit.errors import (
     ContradictionError,
@@ -62,24 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 
-    common = argparse.ArgumentParser(**plain)
-    group = common.add_argument_group("model and output")
-    group.add_argument("--model", default="atlas", metavar="NAME",
-                       help="atlas (embedded; the default), smollm2 (a package), a folder, a "
-                       "GGUF file, or a name on the Hub")
-    group.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"),
-                       help="type of the weights (default: as stored; atlas float32)")
-    group.add_argument("--device", help="cpu (the default), cuda, cuda:1, mps")
-    group.add_argument("--revision", help="revision on the Hub")
-    group.add_argument("--allow-bin", action="store_true",
-                       help="read pickled weights where there is no safetensors file")
-    group.add_argument("--gguf-file", metavar="FILE",
-                       help="the GGUF file in this folder or repository")
-    group.add_argument("--cache", action=argparse.BooleanOptionalAction,
-                       help="keep a dequantised copy of a GGUF file, or none (default: if it takes "
-                       "at most 2 GB)")
+    common, begun = _model(**plain), _model(default=None, **plain)
     as_json = argparse.ArgumentParser(**plain)
-    for one in (group, as_json):
+    for one in (common, begun, as_json):
         one.add_argument("--json", action="store_true",
                          help="print one JSON document, and nothing else, on standard output")
     method = argparse.ArgumentParser(**plain)
@@ -117,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         (options.evaluate, [method, settings, saved, common]),
         (options.statistics, [saved, common]), (options.suggest, [method, settings, common]),
         (sweep_options.sweep, [settings, common]), (sweep_options.figures, [as_json]),
+        (run_options.run, [method, settings, begun]), (run_options.status, [as_json]),
     ):
         title, _, more = inspect.cleandoc(add.__doc__ or "").partition("\n\n")
         made = commands.add_parser(
@@ -126,6 +114,27 @@ def build_parser() -> argparse.ArgumentParser:
         made.set_defaults(parser=made)
         add(made)
     return parser
+
+
+def _model(default: str | None = "atlas", **plain: Any) -> argparse.ArgumentParser:
+    """What all commands that open a model are told."""
+    made = argparse.ArgumentParser(**plain)
+    group = made.add_argument_group("model and output")
+    group.add_argument("--model", default=default, metavar="NAME",
+                       help="atlas (embedded; the default), smollm2 (a package), a folder, a "
+                       "GGUF file, or a name on the Hub")
+    group.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"),
+                       help="type of the weights (default: as stored; atlas float32)")
+    group.add_argument("--device", help="cpu (the default), cuda, cuda:1, mps")
+    group.add_argument("--revision", help="revision on the Hub")
+    group.add_argument("--allow-bin", action="store_true",
+                       help="read pickled weights where there is no safetensors file")
+    group.add_argument("--gguf-file", metavar="FILE",
+                       help="the GGUF file in this folder or repository")
+    group.add_argument("--cache", action=argparse.BooleanOptionalAction,
+                       help="keep a dequantised copy of a GGUF file, or none (default: if it takes "
+                       "at most 2 GB)")
+    return made
 
 
 # fmt: on

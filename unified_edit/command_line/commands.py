@@ -273,15 +273,21 @@ def model_of(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
     return load_model(**loading_of(args))
 
 
-def loading_of(args: Namespace) -> dict[str, Any]:
-    """What `load_model` is told."""
-    try:  # nobody waits for a large model to be told of a device that is not there
-        torch.ones(1, device=args.device).item()
+def usable(device: str | None) -> str | None:
+    """The device, if there is such a one; nobody waits for a large model to be told otherwise."""
+    try:
+        torch.ones(1, device=device).item()
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as problem:
         reason = shorten(str(problem), 100, placeholder=" ...")
         raise ModelError(
-            f"device {args.device!r} cannot be used ({reason}); leave --device out for the CPU"
+            f"device {device!r} cannot be used ({reason}); leave --device out for the CPU"
         ) from problem
+    return device
+
+
+def loading_of(args: Namespace) -> dict[str, Any]:
+    """What `load_model` is told."""
+    usable(args.device)
     names = ("dtype", "device", "revision", "allow_bin", "gguf_file", "cache")
     return {"name": args.model, **{name: getattr(args, name) for name in names}}
 

@@ -1,4 +1,4 @@
-"""What the command line reads and writes itself: texts, small files, JSON, tables of text."""
+"""What the command line writes itself: small files, JSON, tables of text."""
 
 from __future__ import annotations
 

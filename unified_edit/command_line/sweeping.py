@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from unified_edit.command_line import commands
+from unified_edit.command_line import commands, running
 from unified_edit.command_line.commands import Result
 from unified_edit.command_line.console import format_table
 from unified_edit.editing import METHODS
@@ -138,4 +138,9 @@ def run_figures(args: Namespace) -> Result:
 
 
 #: Name of a command -> what runs it.
-COMMANDS = {**commands.COMMANDS, "sweep": run_sweep, "figures": run_figures}
+COMMANDS = {
+    **commands.COMMANDS,
+    "sweep": run_sweep,
+    "figures": run_figures,
+    **running.COMMANDS,
+}

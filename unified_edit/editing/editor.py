@@ -27,7 +27,7 @@ from unified_edit.editing.plans import (
     columns_of,
     turns_of,
 )
-from unified_edit.editing.prefixes import Contexts, sample_prefixes
+from unified_edit.editing.prefixes import Contexts, prefixes_key, sample_prefixes
 from unified_edit.editing.values import Values, compute_values
 from unified_edit.errors import EditFileError, MethodError, NullSpaceError
 from unified_edit.facts import Conflict, Fact, SharedSubject, check_items, check_ways, settle
@@ -161,7 +161,7 @@ class Editor:
             self.seed if seed is None else seed, "seed", MethodError, least=-(2**63), below=2**63
         )
         encoder = Encoder(self.tokenizer, self.parts)
-        key = ("prefixes", self.ledger.fingerprint(), encoder.signature, contexts, number)
+        key = prefixes_key(self.ledger.fingerprint(), encoder.signature, contexts, number)
         found: tuple[str, ...] | None = self.memory.get(key)
         if found is None:
             with quiet(self.model), self.ledger.base_state():

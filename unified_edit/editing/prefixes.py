@@ -80,6 +80,13 @@ def _texts(values: object, field: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def prefixes_key(
+    fingerprint: str, tokenizer: str, contexts: Contexts, seed: int
+) -> tuple[object, ...]:
+    """By what sampled prefixes are kept in the memory of a model (`Memory`)."""
+    return ("prefixes", fingerprint, tokenizer, contexts, seed)
+
+
 def sample_prefixes(
     model: PreTrainedModel, encoder: Encoder, spec: Contexts, seed: int
 ) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from unified_edit.editing.editor import Editor
 from unified_edit.editing.methods import EMMET, Method
+from unified_edit.editing.plans import Plan
 from unified_edit.editing.values import Values
 from unified_edit.errors import EditFileError
 from unified_edit.facts import Fact, SharedSubject, members_of
@@ -53,16 +54,9 @@ def values_for(
     with quiet(model):
         plan = editor.plan(facts, method, batch=False, on_shared_subject=on_shared_subject)
         folder = cache_folder() / editor.ledger.fingerprint()[:20] / "values"
-        layer = plan.method.value_layer
-        shape = (plan.weights[-1].d_out, 1)
-        wanted = {
-            "conditions": plan.conditions,
-            "layer": layer,
-            "site": plan.method.site.name,
-            "library": version("unified_edit"),
-        }
+        wanted, shape = made_from(plan), (plan.weights[-1].d_out, 1)
         groups = [tuple(plan.facts[i] for i in members) for members in members_of(plan.columns)]
-        found = {group: _read(folder, wanted, group, shape) for group in groups}
+        found = {group: kept_values(folder, wanted, group, shape) for group in groups}
         missing = [group for group, values in found.items() if values is None]
         if missing:
             made = editor.optimise_values(
@@ -72,14 +66,28 @@ def values_for(
             )
             for group in missing:
                 found[group] = made.of(group)
-                _write(folder, wanted, made.of(group))
+                try:
+                    keep_values(folder, wanted, made.of(group))
+                except EditFileError as problem:
+                    log.warning("values are used, but not kept for the next time: %s", problem)
         joined = Values.joined([one for group in groups if (one := found[group]) is not None])
         return joined if len(groups) == len(plan.facts) else joined.of(plan.facts)
 
 
-def _path(folder: Path, wanted: dict[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    return folder / f"{key[:20]}.safetensors"
+def made_from(plan: Plan) -> dict[str, Any]:
+    """What values are found again by, besides their facts: all that they depend on."""
+    return {
+        "conditions": plan.conditions,
+        "layer": plan.method.value_layer,
+        "site": plan.method.site.name,
+        "library": version("unified_edit"),
+    }
+
+
+def values_path(folder: Path, wanted: dict[str, Any], facts: Sequence[Fact]) -> Path:
+    """Where the value of one fact, or of some together, is kept."""
+    text = json.dumps({**wanted, **_described(facts)}, sort_keys=True)
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.safetensors"
 
 
 def _described(facts: Sequence[Fact]) -> dict[str, Any]:
@@ -87,24 +95,25 @@ def _described(facts: Sequence[Fact]) -> dict[str, Any]:
     return {"fact": each[0]} if len(each) == 1 else {"facts": each}
 
 
-def _write(folder: Path, wanted: dict[str, Any], made: Values) -> None:
+def keep_values(folder: Path, wanted: dict[str, Any], made: Values) -> None:
+    """Keep the value of one fact, or of some together; EditFileError if it cannot be written."""
+    path = values_path(folder, wanted, made.facts)
     tensors = {"delta": made.delta, "target_init": made.target_init}
-    wanted = {**wanted, **_described(made.facts)}
-    description = {**wanted, "losses": made.losses[0]}
-    try:
-        write_safetensors(_path(folder, wanted), tensors, FORMAT, description, EditFileError)
-    except EditFileError as problem:
-        log.warning("values are used, but not kept for the next time: %s", problem)
+    description = {**wanted, **_described(made.facts), "losses": made.losses[0]}
+    write_safetensors(path, tensors, FORMAT, description, EditFileError)
 
 
-def _read(
+def kept_values(
     folder: Path, wanted: dict[str, Any], facts: tuple[Fact, ...], shape: tuple[int, int]
 ) -> Values | None:
-    """The value of one fact, or of some together, from its file; None if there is none of use."""
-    wanted = {**wanted, **_described(facts)}
-    path = _path(folder, wanted)
+    """The value of one fact, or of some together, from its file.
+
+    None if there is none, and, with a warning, if there is one that is of no use.
+    """
+    path = values_path(folder, wanted, facts)
     if not path.exists():
         return None
+    wanted = {**wanted, **_described(facts)}
     try:
         tensors, description = read_safetensors(path, FORMAT, EditFileError)
         losses = description.pop("losses", None)
