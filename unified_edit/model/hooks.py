@@ -160,7 +160,7 @@ def noticing_tuples(block: nn.Module) -> Iterator[list[bool]]:
 
 
 @contextmanager
-def _own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, `module` answers with `forward` in this thread, and as ever in all others."""
     own, usual = threading.get_ident(), module.forward
     # an attribute of the instance hides the class's method; one may have been there before
@@ -196,8 +196,8 @@ def stubbed(blocks: Sequence[nn.Module], last_output: Tensor, as_tuple: bool) ->
 
     with ExitStack() as stack:
         for block in blocks[:-1]:
-            stack.enter_context(_own_forward(block, passing))
-        stack.enter_context(_own_forward(blocks[-1], returning))
+            stack.enter_context(own_forward(block, passing))
+        stack.enter_context(own_forward(blocks[-1], returning))
         yield
 
 
@@ -212,7 +212,7 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
     with ExitStack() as stack:
         for asked in {model.base_model, model.get_decoder()}:
-            stack.enter_context(_own_forward(asked, lambda *_args, **_kwargs: body))
+            stack.enter_context(own_forward(asked, lambda *_args, **_kwargs: body))
         logits: Tensor = model(input_ids=ids, use_cache=False, **PLAIN_OUTPUT).logits
     return logits.reshape(*hidden.shape[:-1], -1)
 
