@@ -5,7 +5,7 @@
 GPT-2's 124 M shape with random weights, layer 4, six contexts and the KL prompt, 20 steps, no early
 stop, float32; counted are seconds of the processor for one fact. `theirs` is `compute_z` of
 EasyEdit's MEMIT, imported from a checkout of it: one fact at a time, so each round runs one fact,
-another one each round, and its seconds count for each token of the whole batch as theirs is padded.
+another one each round, and its seconds a token (with their padding) count for a whole batch.
 The floor is the multiplications that are needed, done at the very sizes (each token once, the head
 at the tokens whose prediction is read, no gradient of weights), with each norm, activation,
 addition and softmax done once, forward and back.
@@ -22,6 +22,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unified_edit as ue
-from unified_edit.editing.values import Values, compute_values
+from unified_edit.editing.values import compute_values
 from unified_edit.model import Encoder, anatomy
 from unified_edit.model.hooks import quiet
 from unified_edit.model.prompts import FactRows
@@ -48,6 +49,7 @@ PREFIXES = (
     "I have never been to that part of town. ",
     "You can see the sea from up there today. ",
 )
+CONTEXTS = ("", *PREFIXES)
 METHOD = ue.MEMIT.replace(
     layers=(LAYER,), steps=STEPS, learning_rate=0.5, weight_decay=0.5, clamp=0.75,
     stop_loss=1e-9, kl_weight=0.0625, contexts=ue.Contexts(prefixes=PREFIXES),
@@ -90,7 +92,9 @@ class Floor:
         self.rows = len(texts) + len(rows.kl)
         self.tokens = sum(len(row.ids) - row.subject for row in texts) + len(rows.kl)
         self.read = sum(len(row.target) for row in texts) + len(rows.kl)
-        self.before = sum(row.subject for row in (*texts, *rows.kl))
+        # what prompts begin with alike is needed once
+        before = [row.ids[: row.subject] for row in (*texts, *rows.kl)]
+        self.before = len({ids[: end + 1] for ids in before for end in range(len(ids))})
 
     def block(self, block: Any, hidden: torch.Tensor, read: int | None = None) -> torch.Tensor:
         """One block without its attention's own products, its MLP at `read` tokens only."""
@@ -128,70 +132,96 @@ class Floor:
         hidden = torch.randn(self.tokens, self.head.shape[1], requires_grad=True)
         self.loss(hidden).backward()
 
-    def step_and_once(self, model: torch.nn.Module) -> Callable[[], float]:
-        """A job that returns CPU seconds of all steps, from one of each kind."""
-
-        def job() -> float:
-            with quiet(model):
-                before = cpu_seconds()
-                self.once()
-                once = cpu_seconds() - before
-                before = cpu_seconds()
-                for _ in range(2):
-                    self.step()
-                step = (cpu_seconds() - before) / 2
-            return once + (STEPS - 0.5) * step
-
-        return job
+    def seconds(self, model: torch.nn.Module) -> float:
+        """CPU seconds of all steps, from one of what is done once and of two steps."""
+        with quiet(model):
+            before = cpu_seconds()
+            self.once()
+            once = cpu_seconds() - before
+            before = cpu_seconds()
+            for _ in range(2):
+                self.step()
+            step = (cpu_seconds() - before) / 2
+        return once + (STEPS - 0.5) * step
 
 
-def measured(
-    model: GPT2LMHeadModel, tokenizer: Any, facts: Sequence[ue.Fact], rounds: int, theirs: Any
-) -> dict[str, Any]:
-    """The row of a batch of facts."""
-    parts = anatomy(model)
-    encoder, method = Encoder(tokenizer, parts), METHOD.resolve(model)
-    rows = encoder.fact_rows(facts, ("", *PREFIXES))
-    floor = Floor(model, rows)
-    floor_job = floor.step_and_once(model)
-    floors: list[float] = []
-    found: list[tuple[int, torch.Tensor, float]] = []
-    made: list[Values] = []
+class Run:
+    """Batches of several sizes, all of them beside their loop on the same facts."""
 
-    def ours() -> None:
-        made.append(compute_values(parts, encoder.fact_rows(facts, ("", *PREFIXES)), method))
+    def __init__(self, model: Any, tokenizer: Any, facts: Sequence[ue.Fact], theirs: Any) -> None:
+        self.model, self.tokenizer, self.facts, self.theirs = model, tokenizer, facts, theirs
+        self.parts, self.method = anatomy(model), METHOD.resolve(model)
+        self.encoder = Encoder(tokenizer, self.parts)
+        self.rows = self.encoder.fact_rows(facts, CONTEXTS)
+        #: each round has a fact of its own where one is run alone
+        self.round = {"theirs": 0, "ours": 0, "floor": 0}
+        self.values: dict[int, torch.Tensor] = {}  # theirs, by fact
+        self.apart: list[float] = []
+        self.floors: dict[int, list[float]] = {}
 
-    def others() -> None:
-        index = len(found) % len(facts)
-        fact = facts[index]
+    def chosen(self, what: str, size: int) -> list[int]:
+        """The facts of a batch in this round."""
+        if size > 1:
+            return list(range(size))
+        self.round[what] += 1
+        return [(self.round[what] - 1) % len(self.facts)]
+
+    def ours(self, size: int) -> None:
+        places = self.chosen("ours", size)
+        rows = self.encoder.fact_rows([self.facts[index] for index in places], CONTEXTS)
+        found = compute_values(self.parts, rows, self.method).z
+        for column, index in enumerate(places):
+            if (value := self.values.get(index)) is not None:
+                self.apart.append(float((found[:, column] - value).norm() / value.norm()))
+
+    def floor(self, size: int) -> None:
+        one = Floor(self.model, self.rows.of(self.chosen("floor", size)))
+        self.floors.setdefault(size, []).append(one.seconds(self.model) / size)
+
+    def others(self) -> None:
+        (index,) = self.chosen("theirs", 1)
+        fact = self.facts[index]
         request = {"prompt": fact.prompt, "subject": fact.subject,
                    "target_new": " " + fact.target_new}  # fmt: skip
         contexts = [["{}"], [prefix + "{}" for prefix in PREFIXES]]
-        before = cpu_seconds()
         with contextlib.redirect_stdout(io.StringIO()) as told:
-            value = theirs(model, tokenizer, request, their_settings(), LAYER, contexts)
+            value = self.theirs(
+                self.model, self.tokenizer, request, their_settings(), LAYER, contexts
+            )
         assert told.getvalue().count("avg prob") == STEPS, "their loop stopped early"
-        found.append((index, value.detach(), cpu_seconds() - before))
+        self.values[index] = value.detach()
 
-    jobs = {"ours": ours, "floor": lambda: floors.append(floor_job())}
-    if theirs is not None:
-        jobs["theirs"] = others
-    taken = interleaved(jobs, rounds, cpu_seconds)
-    tokens = [padded_tokens(rows, index) for index in range(len(facts))]
-    mean = sum(tokens) / len(tokens)
-    per_fact = [seconds * mean / tokens[index] for index, _, seconds in found[1:]]
-    apart = [
-        float((made[-1].z[:, index] - value).norm() / value.norm()) for index, value, _ in found
-    ]
-    return row(
-        f"{len(facts)} facts",
-        [one / len(facts) for one in taken["ours"]],
-        per_fact,
-        [one / len(facts) for one in floors[1:]],
-        clock="CPU seconds a fact",
-        tokens=floor.tokens, read=floor.read, prefix_tokens=floor.before, rows_of_facts=floor.rows,
-        apart=max(apart, default=None),
-    )  # fmt: skip
+    def measured(self, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+        """A row for each size of batch."""
+        jobs: dict[str, Callable[[], None]] = {}
+        if self.theirs is not None:
+            jobs["theirs"] = self.others
+        for size in sizes:
+            jobs[f"ours {size}"] = partial(self.ours, size)
+            jobs[f"floor {size}"] = partial(self.floor, size)
+        taken = interleaved(jobs, rounds, cpu_seconds)
+        tokens = [padded_tokens(self.rows, index) for index in range(len(self.facts))]
+        made = []
+        for size in sizes:
+            mean = sum(tokens[:size]) / size
+            # the uncounted round had the first fact
+            theirs = [
+                seconds * (mean / tokens[number % len(tokens)] if size > 1 else 1.0)
+                for number, seconds in enumerate(taken.get("theirs", []), 1)
+            ]
+            floor = Floor(self.model, self.rows.of(range(size)))
+            made.append(
+                row(
+                    f"{size} facts",
+                    [seconds / size for seconds in taken[f"ours {size}"]],
+                    theirs,
+                    self.floors[size][1:],
+                    clock="CPU seconds a fact",
+                    tokens=floor.tokens, read=floor.read, prefix_tokens=floor.before,
+                    rows_of_facts=floor.rows, apart=max(self.apart, default=None),
+                )
+            )  # fmt: skip
+        return made
 
 
 def main() -> None:
@@ -214,8 +244,9 @@ def main() -> None:
     theirs = their_loop(arguments.theirs) if arguments.theirs else None
     kept = json.loads(arguments.out.read_text("utf-8"))["rows"] if arguments.out.exists() else []
     rows = {one["name"]: one for one in kept}
-    for count in arguments.facts:
-        one = measured(model, tokenizer, facts[:count], arguments.rounds, theirs)
+    # the first two are shorter than most
+    run = Run(model, tokenizer, facts[2 : 2 + max(*arguments.facts, 8)], theirs)
+    for one in run.measured(arguments.facts, arguments.rounds):
         rows[one["name"]] = one
         log.info("%s", {key: value for key, value in one.items() if key != "rounds"})
     write(arguments.out, list(rows.values()), layer=LAYER, steps=STEPS, contexts=6)

@@ -58,6 +58,11 @@ def _losses(
     return total, current, is_there(batch, at_targets.detach(), chosen.detach(), cutoff)
 
 
+def steps_between_looks(device: torch.device) -> int:
+    """After how many steps losses are read back."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
+
+
 class _Adam:
     """Adam (Kingma and Ba 2015) on rows that all have made the same number of steps."""
 
@@ -99,6 +104,7 @@ class _Descent:
 
     def note(self, total: Tensor, there: Tensor) -> None:
         """Take down the losses of a step; a value whose loss is small enough runs no more."""
+        assert self.method.stop_loss is not None, "resolve the method first"
         self.unread.append(torch.stack([self.running.to(total.dtype), total.detach()]))
         self.often += there
         needed = losses_there(self.method.prob_cutoff or 0.0)
@@ -163,7 +169,7 @@ def descend(
     Raises EditError if a loss is not finite.
     """
     run = _Descent(batch, method, facts, bar)
-    every = LOOK_EVERY if run.delta.device.type == "cuda" else 1
+    every = steps_between_looks(run.delta.device)
     assert method.steps is not None, "resolve the method first"
     for step in range(method.steps):
         last = step == method.steps - 1

@@ -6,7 +6,6 @@ of one of these begin with is run once, then what is left of each behind it, wit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,17 +41,25 @@ def kept_prefixes(
     for prefixes in of_context.values():
         # a prefix that stands behind two contexts, or in none, belongs to the first
         new = [prefix for prefix in dict.fromkeys(prefixes) if prefix not in shared]
-        shared |= dict.fromkeys(new, tuple(os.path.commonprefix(new)) if len(new) > 1 else ())
+        shared |= dict.fromkeys(new, _common(new))
     different, begins = list(shared), list(dict.fromkeys(shared.values()))
     nothing = PrefixCache([])
     first = _run(parts, begins, [0] * len(begins), nothing, as_tuple)
-    place = {prefix: index for index, prefix in enumerate(begins)}
-    before = first.only(torch.tensor([place[shared[prefix]] for prefix in different]))
+    before = first.only(torch.tensor([begins.index(shared[prefix]) for prefix in different]))
     lengths = [len(shared[prefix]) for prefix in different]
     rests = [prefix[length:] for prefix, length in zip(different, lengths, strict=True)]
     second = _run(parts, rests, lengths, before, as_tuple)
-    place = {prefix: index for index, prefix in enumerate(different)}
-    return second.only(torch.tensor([place[prefix] for prefix in flat]))
+    number = {prefix: index for index, prefix in enumerate(different)}
+    return second.only(torch.tensor([number[prefix] for prefix in flat]))
+
+
+def _common(prefixes: Sequence[Ids]) -> Ids:
+    """What all of several prefixes begin with; nothing of one alone, which shares it with none."""
+    if len(prefixes) < 2:
+        return ()
+    first, last = min(prefixes), max(prefixes)  # whatever these two share, those between do too
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((place for place, (one, other) in pairs if one != other), len(first))]
 
 
 def _run(

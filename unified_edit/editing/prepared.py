@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from unified_edit.editing.choices import Choice
-from unified_edit.editing.keys import column_means
 from unified_edit.editing.kept_prefixes import kept_prefixes, kept_whole
+from unified_edit.editing.keys import column_means
 from unified_edit.editing.placing import Placing
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.hooks import captured, per_token
@@ -28,6 +28,7 @@ from unified_edit.model.packed import (
     run_blocks,
 )
 from unified_edit.model.prompts import Row
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -148,9 +149,7 @@ def _layout(parts: Anatomy, placing: Placing, cache: PrefixCache, as_tuple: bool
     return Layout(
         cache=cache,
         packing=Packing(len(placing.owner), placing.width, sent(placing.places)),
-        calls=block_calls(
-            parts, placing.suffix, placing.mask, placing.positions, cache, as_tuple
-        ),
+        calls=block_calls(parts, placing.suffix, placing.mask, placing.positions, cache, as_tuple),
         first=sent(placing.first),
         owner=sent(placing.owner),
         read=sent(placing.read),

@@ -1,4 +1,4 @@
-"""How many values are optimised together: as many as memory is free for, fewer where it runs out."""
+"""How many values are optimised together: as many as fit, fewer where memory runs out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ TOKENS = 16384
 SHARE = 0.6
 
 
-def batches_that_fit(
-    parts: Anatomy, texts: Sequence[Sequence[Row]], layer: int
-) -> list[list[int]]:
+def batches_that_fit(parts: Anatomy, texts: Sequence[Sequence[Row]], layer: int) -> list[list[int]]:
     """Indices of values to be optimised together, of similar length.
 
     texts: the rows of each. The longest come first: if these fit, so do all.
@@ -70,7 +68,8 @@ def free_bytes(device: torch.device) -> float:
     """Bytes that are free on a device; without end where nothing says how many."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(free + unused)
     try:
         import psutil  # an extra of this library
     except ImportError:

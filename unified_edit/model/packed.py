@@ -8,8 +8,8 @@ blocks (masks, positions, rotary tables) is written down once and said again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,7 +115,8 @@ class PrefixCache(DynamicCache):
         for number, (keys, values) in enumerate(layers):
             # an empty update makes the layer; what stands in it then is not copied
             super().update(keys[:0], values[:0], number)
-            self.layers[number].keys, self.layers[number].values = keys, values
+            made: Any = self.layers[number]
+            made.keys, made.values = keys, values
 
     def only(self, rows: Tensor) -> PrefixCache:
         """The cache of some rows, in their order."""
@@ -221,9 +222,7 @@ def block_calls(
     with ExitStack() as stack:
         for block in parts.blocks:
             stack.enter_context(own_forward(block, note))
-        parts.model.base_model(
-            **inputs, past_key_values=cache, use_cache=True, **PLAIN_OUTPUT
-        )
+        parts.model.base_model(**inputs, past_key_values=cache, use_cache=True, **PLAIN_OUTPUT)
     return BlockCalls(entering[0], behind)
 
 
@@ -313,6 +312,8 @@ def logits_behind(parts: Anatomy, hidden: Tensor, as_tuple: bool) -> Tensor:
     """
     width = parts.embeddings.shape[1]
     nothing = hidden.new_zeros(()).expand(len(hidden), 1, width)
+    # with a cache, though an empty one, no mask looks into positions, which waits for the device
+    given = {"inputs_embeds": nothing, "past_key_values": PrefixCache([]), "use_cache": True}
     with stubbed(list(parts.blocks), hidden[:, None], as_tuple):
-        logits: Tensor = parts.model(inputs_embeds=nothing, use_cache=False, **PLAIN_OUTPUT).logits
+        logits: Tensor = parts.model(**given, **PLAIN_OUTPUT).logits
     return logits[:, 0]
