@@ -153,8 +153,8 @@ def compute_values(
         firsts = [facts[members[index][0]] for index in chosen]
         found, history = descend(parts, batch, method, firsts, bar)
         places = torch.tensor(chosen)
-        delta[:, places] = found.T.double().cpu()
-        init[:, places] = batch.target_init.T.double().cpu()
+        delta[:, places] = found.T.cpu().double()
+        init[:, places] = batch.target_init.T.cpu().double()
         for index, of_value in zip(chosen, history, strict=True):
             losses[index] = of_value
 
