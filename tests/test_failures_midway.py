@@ -201,10 +201,8 @@ def test_an_edit_that_overflows(make_gpt2, tiny_tokenizer, statistics_of) -> Non
 
 
 def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkeypatch) -> None:
-    place = "unified_edit.editing.values.log_probabilities"
-    monkeypatch.setattr(
-        place, lambda *args, **more: float("nan") * log_probabilities(*args, **more)
-    )
+    place = "unified_edit.editing.descent.logits_behind"
+    monkeypatch.setattr(place, lambda *args: float("nan") * logits_behind(*args))
     words = ("loss", repr(TOWER.text), "'Rome'", "nan", "step 0", "learning_rate")
     with refused(tiny, EditError, *words):
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
