@@ -36,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 from unified_edit import objective
 from unified_edit.editing import Edit, Editor, edit, optimise_values
 from unified_edit.errors import EditError, EditFileError, ModelChangedError
-from unified_edit.model import anatomy, log_probabilities
+from unified_edit.model import anatomy
+from unified_edit.model.packed import logits_behind
 from unified_edit.statistics import KeyStatistics
 
 # --- edits in other models, other states ---
