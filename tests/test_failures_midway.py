@@ -36,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 from unified_edit import objective
 from unified_edit.editing import Edit, Editor, edit, optimise_values
 from unified_edit.errors import EditError, EditFileError, ModelChangedError
-from unified_edit.model import anatomy, log_probabilities
+from unified_edit.model import anatomy
+from unified_edit.model.packed import logits_behind
 from unified_edit.statistics import KeyStatistics
 
 # --- edits in other models, other states ---
@@ -201,10 +202,8 @@ def test_an_edit_that_overflows(make_gpt2, tiny_tokenizer, statistics_of) -> Non
 
 
 def test_a_loss_that_is_not_finite(tiny, tiny_tokenizer, tiny_statistics, monkeypatch) -> None:
-    place = "unified_edit.editing.values.log_probabilities"
-    monkeypatch.setattr(
-        place, lambda *args, **more: float("nan") * log_probabilities(*args, **more)
-    )
+    place = "unified_edit.editing.descent.logits_behind"
+    monkeypatch.setattr(place, lambda *args: float("nan") * logits_behind(*args))
     words = ("loss", repr(TOWER.text), "'Rome'", "nan", "step 0", "learning_rate")
     with refused(tiny, EditError, *words):
         edit(tiny, tiny_tokenizer, [TOWER], ONE, statistics=tiny_statistics)
@@ -222,7 +221,7 @@ FAILING = pytest.mark.parametrize("failure", FAILURES, ids=lambda error: type(er
     [
         ("unified_edit.editing.layer_loop.keys_of", 1),
         ("unified_edit.editing.prepared.captured", 1),
-        ("unified_edit.editing.values.log_probabilities", 6),
+        ("unified_edit.editing.descent.logits_behind", 3),
         ("unified_edit.editing.layer_loop.solve", 2),
         ("unified_edit.editing.layer_loop.likelihoods", 1),
         ("unified_edit.model.ledger.tensor_hash", 2),

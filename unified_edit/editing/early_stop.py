@@ -24,23 +24,22 @@ def losses_there(cutoff: float) -> float:
     return -cutoff if cutoff < 0 else 1 if cutoff > 0 else math.inf
 
 
-def is_there(batch: Prepared, at_targets: Tensor, cutoff: float) -> Tensor:
+def is_there(batch: Prepared, logits: Tensor, chosen: Tensor, cutoff: float) -> Tensor:
     """Of each value, whether its target is there as far as `cutoff` asks: (values, bool).
 
-    at_targets: (target tokens x vocabulary), the log-probabilities that predict each.
+    logits: (target tokens x vocabulary), those that predict each; chosen: its log-probability.
     """
-    values, rows = len(batch.target_init), batch.target_row
+    at, values = batch.layout, len(batch.target_init)
     if cutoff == 0:
-        return torch.zeros(values, dtype=torch.bool, device=rows.device)
+        return torch.zeros(values, dtype=torch.bool, device=chosen.device)
+    owner = at.owner[at.target_row]
     if cutoff < 0:
-        missed = (at_targets.argmax(dim=1) != batch.target_id) & batch.target_watched
-        count = torch.zeros(values, dtype=torch.long, device=rows.device)
-        return count.index_add(0, batch.owner[rows], missed.long()) == 0
-    chosen = at_targets.gather(1, batch.target_id[:, None]).squeeze(1)
-    prompts = torch.zeros(len(batch.owner), dtype=chosen.dtype, device=rows.device)
-    tokens = prompts.index_add(0, rows, torch.ones_like(chosen))
-    asked = tokens > 0  # the prompts of the KL term have no target
-    each = (prompts.index_add(0, rows, chosen)[asked] / tokens[asked]).exp()
-    of = batch.owner[asked]
-    zeros = torch.zeros(values, dtype=chosen.dtype, device=rows.device)
-    return zeros.index_add(0, of, each) / zeros.index_add(0, of, torch.ones_like(each)) > cutoff
+        missed = (logits.argmax(dim=1) != at.target_id) & at.target_watched
+        count = torch.zeros(values, dtype=torch.long, device=chosen.device)
+        return count.index_add(0, owner, missed.long()) == 0
+    prompts = torch.zeros(len(at.owner), dtype=chosen.dtype, device=chosen.device)
+    tokens = prompts.index_add(0, at.target_row, torch.ones_like(chosen))
+    asked = (tokens > 0).to(chosen.dtype)  # the prompts of the KL term have no target
+    each = (prompts.index_add(0, at.target_row, chosen) / tokens.clamp(min=1)).exp() * asked
+    zeros = torch.zeros(values, dtype=chosen.dtype, device=chosen.device)
+    return zeros.index_add(0, at.owner, each) / zeros.index_add(0, at.owner, asked) > cutoff

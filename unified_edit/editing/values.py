@@ -32,17 +32,16 @@ import torch
 from torch import Tensor
 
 from unified_edit.editing.anchors import anchored
-from unified_edit.editing.early_stop import is_there, losses_there
+from unified_edit.editing.descent import descend
 from unified_edit.editing.keys import SITES, column_means, values_at
 from unified_edit.editing.methods import Method
-from unified_edit.editing.prepared import Prepared, fresh, prepare
-from unified_edit.errors import EditError, FactError
+from unified_edit.editing.prepared import prepare
+from unified_edit.editing.sizes import batches_that_fit, halved
+from unified_edit.errors import FactError
 from unified_edit.facts import Fact, members_of
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length
-from unified_edit.model.hooks import PLAIN_OUTPUT, quiet, stubbed
-from unified_edit.model.likelihoods import log_probabilities
-from unified_edit.model.progress import Bar, progress
+from unified_edit.model.hooks import quiet
+from unified_edit.model.progress import progress
 from unified_edit.model.prompts import FactRows
 
 
@@ -132,131 +131,40 @@ def compute_values(
     """Optimise the values of the facts of `rows` for a resolved `method`.
 
     The loss is :eq:`value-loss`, the clamp :eq:`value-clamp`. Values do not influence each other: a
-    batch gives what each gives alone. Deterministic.
+    batch gives what each gives alone. Deterministic. How many are optimised together follows from
+    the memory that is free; where it runs out all the same, half as many are tried.
 
     columns: for each fact the number of its value, from 0, where some share one: the KL term is
         then read behind the subject as the first of them writes it. Without it, each has its own.
 
-    Raises EditError if a loss is not finite.
+    Raises EditError if a loss is not finite, and torch.OutOfMemoryError if a single value does not
+    fit.
     """
     layer, facts = method.value_layer, rows.facts
     columns = tuple(columns) or tuple(range(len(facts)))
     members = members_of(columns)
     texts = [[*(row for i in one for row in rows.behind[i]), rows.kl[one[0]]] for one in members]
-    lengths = [max(len(row.ids) for row in of_value) * len(of_value) for of_value in texts]
     width, contexts = parts.weight(layer).d_out, len(rows.prefixes)
     losses: list[tuple[float, ...]] = [()] * len(members)
     bar = progress("optimising values", len(members), "fact")
+
+    def optimise(chosen: Sequence[int]) -> None:
+        batch = prepare(parts, [texts[index] for index in chosen], contexts, layer, method.site)
+        firsts = [facts[members[index][0]] for index in chosen]
+        found, history = descend(parts, batch, method, firsts, bar)
+        places = torch.tensor(chosen)
+        delta[:, places] = found.T.cpu().double()
+        init[:, places] = batch.target_init.T.cpu().double()
+        for index, of_value in zip(chosen, history, strict=True):
+            losses[index] = of_value
+
     # gradients are needed, whatever mode the caller is in
     with torch.inference_mode(False), quiet(parts.model), bar:
         delta = torch.zeros(width, len(members), dtype=torch.float64)
         init = torch.zeros_like(delta)
-        for chosen in batches_by_length(lengths):
-            batch = prepare(parts, [texts[index] for index in chosen], contexts, layer, method.site)
-            firsts = [facts[members[index][0]] for index in chosen]
-            found, history = _optimise(parts, batch, method, firsts, bar)
-            for place, index in enumerate(chosen):
-                delta[:, index] = found[place].double().cpu()
-                init[:, index] = batch.target_init[place].double().cpu()
-                losses[index] = tuple(history[place])
+        halved(batches_that_fit(parts, texts, layer), optimise)
         if method.norm_anchor:
             outputs = column_means(values_at(parts, rows, layer, SITES["mlp"]), columns)
             gain = parts.gain(layer, method.site(parts, layer))
             delta = gain * anchored(outputs, delta / gain, method.norm_anchor)
     return Values(facts, layer, method.site.name, delta, init, tuple(losses), conditions, columns)
-
-
-def _losses(
-    parts: Anatomy, batch: Prepared, delta: Tensor, method: Method
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Total loss at each row of `delta` (values x d_out), and the distributions of the KL term.
-
-    The third says of each value whether the target is there as far as `prob_cutoff` asks.
-    """
-    added = parts.entering(
-        batch.layer,
-        method.site(parts, batch.layer),
-        batch.at_site,
-        delta[batch.owner].to(batch.hidden.dtype),
-    )
-    hidden = torch.cat([batch.hidden[:, :1] + added[:, None], batch.hidden[:, 1:]], dim=1)
-    with stubbed(list(parts.blocks[: batch.layer + 1]), hidden, batch.as_tuple):
-        final = parts.model.base_model(
-            input_ids=batch.suffix,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            past_key_values=fresh(batch.cache),
-            use_cache=True,
-            **PLAIN_OUTPUT,
-        ).last_hidden_state
-    at_targets = log_probabilities(
-        parts, final[batch.target_row, batch.target_place], checked=False
-    )
-    chosen = at_targets.gather(1, batch.target_id[:, None]).squeeze(1)
-    owner = batch.owner[batch.target_row]
-    negative = torch.zeros(len(delta), device=delta.device, dtype=chosen.dtype)
-    negative = negative.index_add(0, owner, -chosen * batch.target_weight)
-    current = log_probabilities(parts, final[batch.kl_rows, 0], checked=False)
-    initial = batch.kl_initial if batch.kl_initial.numel() else current.detach()
-    divergence = (current.exp() * (current - initial)).sum(-1)
-    decay = torch.linalg.vector_norm(delta, dim=1) / batch.target_init.square().sum(1)
-    total = negative + method.kl_weight * divergence + (method.weight_decay or 0.0) * decay
-    return total, current, is_there(batch, at_targets.detach(), method.prob_cutoff or 0.0)
-
-
-def _optimise(
-    parts: Anatomy, batch: Prepared, method: Method, facts: list[Fact], bar: Bar
-) -> tuple[list[Tensor], list[list[float]]]:
-    """Adam on all facts of a batch together; finished facts are dropped from it."""
-    assert method.steps is not None, "resolve the method first"
-    assert method.clamp is not None, "resolve the method first"
-    # one parameter a fact: Adam passes over those without a gradient, so a fact that is
-    # finished stays exactly where it was
-    deltas = [torch.zeros_like(init, requires_grad=True) for init in batch.target_init]
-    optimizer = torch.optim.Adam(deltas, lr=method.learning_rate)  # type: ignore[arg-type]
-    history: list[list[float]] = [[] for _ in facts]
-    active = list(range(len(facts)))
-    often, needed = [0] * len(facts), losses_there(method.prob_cutoff or 0.0)
-    for step in range(method.steps):
-        with torch.enable_grad():
-            total, current, there = _losses(
-                parts, batch, torch.stack([deltas[index] for index in active]), method
-            )
-        if step == 0:
-            batch = replace(batch, kl_initial=current.detach())
-        values = total.detach().tolist()
-        for index, value in zip(active, values, strict=True):
-            history[index].append(value)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise EditError(
-                    f"the loss of {facts[index].text!r} -> {facts[index].target_new!r} is {value} "
-                    f"at step {step}; check the model's weights for NaN, or lower learning_rate"
-                )
-        for index, one in zip(active, there.tolist(), strict=True):
-            often[index] += one
-        keep = [
-            place
-            for place, value in enumerate(values)
-            if value >= method.stop_loss and often[active[place]] < needed
-        ]
-        bar.update(len(active) - len(keep))
-        if step == method.steps - 1 or not keep:
-            bar.update(len(keep))
-            break
-        optimizer.zero_grad(set_to_none=True)
-        total[keep].sum().backward()
-        finished = set(active) - {active[place] for place in keep}
-        for index in finished:
-            deltas[index].grad = None
-        optimizer.step()
-        if finished:
-            active = [active[place] for place in keep]
-            batch = batch.only(torch.tensor(keep, device=batch.owner.device))
-        with torch.no_grad():
-            size = torch.stack([deltas[index] for index in active]).norm(dim=1)
-            limit = method.clamp * batch.target_init.norm(dim=1)
-            for index, factor in zip(
-                active, torch.where(size > limit, limit / size, 1.0), strict=True
-            ):
-                deltas[index].mul_(factor)
-    return [delta.detach() for delta in deltas], history
