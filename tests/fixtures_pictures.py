@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+UNDER_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
+GET_IT = "the package diffusers is missing: pip install 'unified_edit[diffusion]'"
+#: Imports a package that tests need; where it is missing they are skipped, but not under CI.
+needed = (
+    importlib.import_module
+    if UNDER_CI
+    else functools.partial(pytest.importorskip, reason=GET_IT, exc_type=ImportError)
+)
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 #: Words that the tokenizer has one token for; all others fall into letters.

@@ -73,6 +73,9 @@ FORMULAS = ("tests/test_formulas.py",)
 PRESETS = ("tests/test_presets.py",)
 HOOKS = ("tests/test_hook_layers.py", "-k", "three_batches or by_hand or falls or failed_batch")
 HOOKED = ("tests/test_hook_layers.py", "-k", "sample or never_written or in_and_out or false_opens")
+CONCEPTS = ("tests/test_concepts.py",)
+CONCEPT_EDITS = ("tests/test_concept_edits.py",)
+BAD_CONCEPTS = ("tests/test_bad_concepts.py",)
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -108,6 +111,9 @@ CHAPTERS = {
     PRESETS: (),
     HOOKS: (),
     HOOKED: (),
+    CONCEPTS: (),
+    CONCEPT_EDITS: (),
+    BAD_CONCEPTS: (),
 }
 
 FAULTS = (
@@ -529,6 +535,37 @@ FAULTS = (
     Fault("edited subjects count as false opens", "editing/hook_measures.py",
           "chosen = (one.subject == at_subjects).nonzero().squeeze(1)",
           "chosen = (one.subject | ~one.subject).nonzero().squeeze(1)", HOOKED),
+    Fault("lam counts the preserved concepts", "concepts/solving.py",
+          "moment.diagonal().add_(lam)", "moment.diagonal().add_(lam * weight)", CONCEPTS),
+    Fault("the weight of a concept is its ridge", "concepts/solving.py",
+          "return solve(metric, C, R, ridge=1.0 / weight)",
+          "return solve(metric, C, R, ridge=weight)", CONCEPTS),
+    Fault("a concept's key is that of its end", "concepts/encoding.py",
+          "return len(self.ids) - 2", "return len(self.ids) - 1", CONCEPT_EDITS),
+    Fault("half of what is read is preserved as all", "concepts/encoding.py",
+          "given.flatten(0, 1) if whole", "given[:, ::2].flatten(0, 1) if whole", CONCEPT_EDITS),
+    Fault("edits in force are forgotten by the next", "concepts/erasing.py",
+          "R = through(self.before, moved)", "R = moved", CONCEPT_EDITS),
+    Fault("guides in the order of another list", "concepts/erasing.py",
+          "for one in guides for text in method.phrased(one)",
+          "for one in guides[::-1] for text in method.phrased(one)", CONCEPT_EDITS),
+    Fault("values are edited and keys are not", "concepts/cross_attention.py",
+          'PROJECTIONS = ("to_k", "to_v")', 'PROJECTIONS = ("to_v",)', CONCEPT_EDITS),
+    Fault("any text encoder will do", "concepts/concept_edits.py",
+          "wanted = (made_for.fingerprint, *made_for.encoders)",
+          "wanted = (made_for.fingerprint, *found[1:])", CONCEPT_EDITS),
+    Fault("debiasing forgets the rounds before", "concepts/debiasing.py",
+          "alpha = alpha + balance.step * missing", "alpha = balance.step * missing",
+          CONCEPT_EDITS),
+    Fault("a concept in its shares is corrected", "concepts/debiasing.py",
+          "missing[(missing.abs() < balance.tolerance).all(dim=1)] = 0",
+          "missing[missing.abs().amax() < balance.tolerance] = 0", CONCEPT_EDITS),
+    Fault("concepts that are too long are cut off", "concepts/encoding.py",
+          "if len(ids) > (limit", "if len(ids) > 999 + (limit", BAD_CONCEPTS),
+    Fault("erased and preserved at once", "concepts/erasing.py",
+          "            if text.ids in edited:\n                raise ContradictionError(",
+          "            if text.text in edited.values():\n                raise ContradictionError(",
+          BAD_CONCEPTS),
 )  # fmt: skip
 
 

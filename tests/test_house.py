@@ -32,6 +32,7 @@ FLOORS = (
     "statistics",
     "editing",
     "measuring",
+    "concepts",
     "teaching",
     "command_line",
 )

@@ -1,6 +1,7 @@
 """Concepts in text-to-image models: the same objective at their cross-attention."""
 
 from unified_edit.concepts.concept_edits import ConceptEdit, active_edits
+from unified_edit.concepts.concept_files import Round
 from unified_edit.concepts.concept_methods import (
     DEBIAS,
     ERASE,
@@ -13,7 +14,7 @@ from unified_edit.concepts.concept_methods import (
     ConceptMethod,
 )
 from unified_edit.concepts.cross_attention import cross_attention
-from unified_edit.concepts.debiasing import Round, debias
+from unified_edit.concepts.debiasing import debias
 from unified_edit.concepts.encoding import concept_keys
 from unified_edit.concepts.erasing import edit_concepts
 from unified_edit.concepts.opening import load_pipeline

@@ -45,7 +45,7 @@ def load_pipeline(
         raise ModelError(
             "text-to-image pipelines need diffusers: pip install 'unified_edit[diffusion]'"
         ) from problem
-    arguments: dict[str, Any] = {"torch_dtype": kind} if kind is not None else {}
+    arguments: dict[str, Any] = {"dtype": kind} if kind is not None else {}
     try:
         pipeline: Pipeline = DiffusionPipeline.from_pretrained(
             place,
