@@ -84,7 +84,8 @@ def test_weights_are_the_published_ones(pictures: Any, method: Any) -> None:
     """Every matrix that reads text, and no other parameter; in float32 up to its rounding."""
     before = {name: tensor.clone() for name, tensor in pictures.unet.state_dict().items()}
     edit = edit_concepts(pictures, ["van gogh", "cat"], method=method, preserve=["monet", "a dog"])
-    assert edit.names == tuple(cross_attention(pictures.unet))
+    read_text = ("attn2.to_k.weight", "attn2.to_v.weight")
+    assert sorted(edit.names) == sorted(name for name in before if name.endswith(read_text))
     c1, c2, p1, p2, g = concept_keys(
         pictures, ["van gogh", "cat", "monet", "a dog", method.guide]
     ).unbind(1)
