@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_pictures import make_unet, needed, stable_diffusion
+from fixtures_pictures import needed
 from torch import nn
 
 from unified_edit.concepts import (
@@ -27,6 +27,7 @@ from unified_edit.errors import (
     ModelError,
     TokenizationError,
 )
+from unified_edit.teaching.tiny_pictures import tiny_pipeline, tiny_unet
 
 needed("diffusers")
 
@@ -109,7 +110,7 @@ def without_cross_attention(pipeline: Any) -> None:
 
 
 def of_another_width(pipeline: Any) -> None:
-    pipeline.unet = make_unet(48)
+    pipeline.unet = tiny_unet(48)
 
 
 def of_several_widths(pipeline: Any) -> None:
@@ -117,11 +118,11 @@ def of_several_widths(pipeline: Any) -> None:
         "down_block_types": ("CrossAttnDownBlock2D",) * 2,
         "up_block_types": ("CrossAttnUpBlock2D",) * 2,
     }
-    pipeline.unet = make_unet((32, 48), **two)  # fmt: skip
+    pipeline.unet = tiny_unet((32, 48), **two)  # fmt: skip
 
 
 def with_a_projection(pipeline: Any) -> None:
-    pipeline.unet = make_unet(32, encoder_hid_dim=32, encoder_hid_dim_type="text_proj")
+    pipeline.unet = tiny_unet(32, encoder_hid_dim=32, encoder_hid_dim_type="text_proj")
 
 
 def fused(pipeline: Any) -> None:
@@ -167,7 +168,7 @@ PIPELINES: dict[Callable[[Any], None], str] = {
 
 @pytest.mark.parametrize("change", PIPELINES, ids=lambda change: change.__name__)
 def test_pipelines(clip_tokenizer: Any, change: Callable[[Any], None]) -> None:
-    pipeline = stable_diffusion(clip_tokenizer)
+    pipeline = tiny_pipeline(clip_tokenizer)
     change(pipeline)
     with pytest.raises(ModelError) as raised:
         edit_concepts(pipeline, "cat")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fixtures_pictures import needed, stable_diffusion
+from fixtures_pictures import needed
 from reference_methods import uce_debias_targets, uce_weight
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from unified_edit.concepts import (
     load_pipeline,
 )
 from unified_edit.errors import EditError, EditFileError, ModelChangedError, ModelError
+from unified_edit.teaching.tiny_pictures import tiny_pipeline
 
 needed("diffusers")
 
@@ -138,7 +139,7 @@ def test_pictures_change_where_they_are_to(
     From float32 keys to a picture of two steps that grows by less than 10; the picture of the
     erased concept moves a thousand times as far.
     """
-    pipeline = stable_diffusion(clip_tokenizer, width=128)
+    pipeline = tiny_pipeline(clip_tokenizer, width=128)
     prompts = ("van gogh", "a painting by van gogh", "monet")
     before = {prompt: draw(pipeline, prompt) for prompt in prompts}
     method = ERASE_STYLE.replace(preserve_at="all", preserve_weight=1e6)
@@ -151,14 +152,16 @@ def test_pictures_change_where_they_are_to(
     assert min(moved["van gogh"], moved["a painting by van gogh"]) > 1e-3
 
 
-def test_released_preservation_moves_less_than_what_is_erased(
-    pictures: Any, draw: Callable[..., Tensor]
+def test_one_key_of_77_does_not_hold_a_picture(
+    clip_tokenizer: Any, draw: Callable[..., Tensor]
 ) -> None:
-    """One key of a preserved concept is held, and the other 76 of its prompt are not."""
-    before = {prompt: draw(pictures, prompt) for prompt in ("van gogh", "monet")}
-    edit_concepts(pictures, "van gogh", method=ERASE_STYLE, preserve="monet")
-    moved = {prompt: float((draw(pictures, prompt) - old).norm()) for prompt, old in before.items()}
-    assert moved["van gogh"] > 1.2 * moved["monet"] > 0
+    """As released: the last token of a preserved concept is held, whatever else is read moves."""
+    pipeline = tiny_pipeline(clip_tokenizer, width=128)
+    before = draw(pipeline, "monet")
+    method = ERASE_STYLE.replace(preserve_weight=1e6)
+    edit = edit_concepts(pipeline, "van gogh", method=method, preserve="monet")
+    assert float(edit.kept.moved[0]) < 1e-6
+    assert float((draw(pipeline, "monet") - before).abs().max()) > 1e-4
 
 
 def test_half_precision(sd: Any) -> None:
@@ -228,7 +231,7 @@ def test_what_others_change_is_not_overwritten(sd: Any) -> None:
 
 
 def test_the_pipeline_may_go(clip_tokenizer: Any) -> None:
-    edit = edit_concepts(stable_diffusion(clip_tokenizer), "cat")
+    edit = edit_concepts(tiny_pipeline(clip_tokenizer), "cat")
     assert not edit.is_applied
     with pytest.raises(EditError, match=r"edit.apply\(pipeline\)"):
         edit.undo()
@@ -272,16 +275,16 @@ def test_many_concepts_are_kept_as_one_matrix(sd: Any, tmp_path: Path) -> None:
 def test_it_is_refused_elsewhere(sd: Any, clip_tokenizer: Any, tmp_path: Path) -> None:
     edit = edit_concepts(sd, "cat", preserve="dog")
     edit.save(tmp_path / "cat.safetensors")
-    other = stable_diffusion(clip_tokenizer, seed=1)
-    half = stable_diffusion(clip_tokenizer).to(torch.bfloat16)
-    foreign = stable_diffusion(clip_tokenizer)
+    other = tiny_pipeline(clip_tokenizer, seed=1)
+    half = tiny_pipeline(clip_tokenizer).to(torch.bfloat16)
+    foreign = tiny_pipeline(clip_tokenizer)
     foreign.text_encoder = other.text_encoder
     for pipeline, what in ((other, "unet"), (half, "unet"), (foreign, "text encoder")):
         found = weights(pipeline)
         with pytest.raises(EditFileError, match=f"the {what} differs"):
             ConceptEdit.load(tmp_path / "cat.safetensors").apply(pipeline)
         assert same(found, weights(pipeline)) and active_edits(pipeline) == ()
-    ConceptEdit.load(tmp_path / "cat.safetensors").apply(stable_diffusion(clip_tokenizer))
+    ConceptEdit.load(tmp_path / "cat.safetensors").apply(tiny_pipeline(clip_tokenizer))
 
 
 def test_files_that_are_none(sd: Any, tmp_path: Path) -> None:
@@ -342,12 +345,14 @@ def test_debiasing_adds_what_is_missing(sd: Any) -> None:
 
 def test_debiasing_several_concepts_in_other_shares(sd: Any, tmp_path: Path) -> None:
     """A concept that is right is left alone in that round, whatever the others need."""
-    classify = shown("mmmm", "mmmf", "mmmf", "mmff")
+    classify = shown("mmmm", "mfff", "mmmf", "mmff")
+    balance = Balance(images=4, steps=1, guidance_scale=1.0, rounds=2, tolerance=0.3)
     edit = debias(
-        sd, ["doctor", "a doctor"], ["male", "female"], classify, shares=[0.75, 0.25],
-        method=QUICK.replace(balance=Balance(images=4, steps=1, guidance_scale=1.0, rounds=2)),
+        sd, ["doctor", "a doctor"], ["male", "female"], classify, shares=[0.5, 0.5],
+        method=QUICK.replace(balance=balance),
     )  # fmt: skip
-    assert edit.rounds[1].weights == ((-0.25, 0.25), (0.0, 0.0))
+    assert edit.rounds[1].weights == ((-0.5, 0.5), (0.0, 0.0))
+    assert edit.rounds[1].shares == ((0.75, 0.25), (0.5, 0.5))
     edit.save(tmp_path / "doctor.safetensors")
     assert ConceptEdit.load(tmp_path / "doctor.safetensors").rounds == edit.rounds
 
