@@ -1,6 +1,6 @@
 """How long an edit of concepts takes at the shapes of Stable Diffusion 1.4, with random weights.
 
-    python benchmarks/concepts.py --out benchmarks/results/concepts.json
+    python benchmarks/concepts.py --out book/data/concepts.json
     python benchmarks/concepts.py --theirs uce_sd_erase.py   # of the authors, beside it
 
 The UNet is of the real class and size; of its 860 M numbers only the 32 matrices that read text
@@ -95,7 +95,7 @@ def whole_edit(unet: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/concepts.json"))
+    parser.add_argument("--out", type=Path, default=Path("book/data/concepts.json"))
     parser.add_argument("--theirs", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
