@@ -101,6 +101,7 @@ def main() -> None:
     given = parser.parse_args()
 
     unet = sd_1_unet()
+    whole = whole_edit(unet)  # first: a process's highest memory is never less again
     matrices = cross_attention(unet)
     generator = torch.Generator().manual_seed(1)
     count = ERASED + 1 + PRESERVED
@@ -149,7 +150,7 @@ def main() -> None:
             "their new weights", taken["weights"], taken.get("theirs", ()), entries=entries, **size
         ),
         row("the fingerprint of the UNet, once", [once]),
-        whole_edit(unet),
+        whole,
     ]
     if given.theirs:
         from safetensors.torch import load_file
