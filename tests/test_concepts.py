@@ -35,6 +35,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.equation("concepts-published", "concepts-update", "concepts-map")
 @pytest.mark.parametrize("scales", [(0.5, 1.0, 1.0), (0.1, 3.0, 0.25), (2.0, 0.5, 7.0)], ids=str)
 @pytest.mark.parametrize(("concepts", "preserved"), [(1, 0), (3, 5), (5, 40), (40, 3)])
 def test_the_published_weight(
@@ -55,6 +56,7 @@ def test_the_published_weight(
     assert relative(W0 + alone.delta, published) < 1e-13
 
 
+@pytest.mark.equation("concepts-objective")
 def test_nothing_is_cheaper() -> None:
     """The gradient of the three costs vanishes at W0 (I + D): the least of a convex sum."""
     lam, a, b = 0.3, 2.0, 1.5

@@ -53,9 +53,9 @@ def preserving(P: Tensor, *, lam: float = 0.5, weight: float = 1.0) -> Metric:
 def solve_concepts(metric: Metric, C: Tensor, R: Tensor, *, weight: float = 1.0) -> Update:
     """D (d x d, as factors) that moves the keys C (d x E) by R (d x E), and others little.
 
-    metric: of `preserving`. R: G - C, where G are the keys of the guides. weight: a, of an edited
-    concept, beside that of the preserved ones. Raises what `objective.solve` raises, and
-    MethodError for a weight that is not positive.
+    It is the D of :eq:`concepts-map`. metric: of `preserving`. R: G - C, where G are the keys of
+    the guides. weight: a, of an edited concept, beside that of the preserved ones. Raises what
+    `objective.solve` raises, and MethodError for a weight that is not positive.
     """
     weight = real_number(weight, "the weight of edited concepts", MethodError, above=0.0)
     return solve(metric, C, R, ridge=1.0 / weight)
