@@ -14,7 +14,7 @@ from unified_edit.concepts import (
     OBJECT_PHRASINGS,
     Balance,
     ConceptMethod,
-    preserving,
+    preserved_metric,
     solve_concepts,
 )
 from unified_edit.concepts.solving import through
@@ -46,7 +46,7 @@ def test_the_published_weight(
     d = 24
     C, G, P = (random(d, n, seed=n + s) for s, n in enumerate((concepts, concepts, preserved)))
     W0 = random(16, d, seed=9)
-    D = solve_concepts(preserving(P, lam=lam, weight=b), C, G - C, weight=a)
+    D = solve_concepts(preserved_metric(P, lam=lam, weight=b), C, G - C, weight=a)
     columns = [(C[:, i], W0 @ G[:, i]) for i in range(concepts)]
     published = uce_weight(W0, columns, list(P.unbind(1)), lam, a, b)
     assert relative(W0 + W0 @ D.delta, published) < 1e-13
@@ -61,7 +61,7 @@ def test_nothing_is_cheaper() -> None:
     """The gradient of the three costs vanishes at W0 (I + D): the least of a convex sum."""
     lam, a, b = 0.3, 2.0, 1.5
     C, G, P, W0 = random(24, 3), random(24, 3, seed=1), random(24, 6, seed=2), random(16, 24)
-    D = solve_concepts(preserving(P, lam=lam, weight=b), C, G - C, weight=a)
+    D = solve_concepts(preserved_metric(P, lam=lam, weight=b), C, G - C, weight=a)
     W = (W0 + W0 @ D.delta).requires_grad_()
     cost = lam * (W - W0).square().sum() + b * ((W - W0) @ P).square().sum()
     cost = cost + a * (W @ C - W0 @ G).square().sum()
@@ -72,14 +72,14 @@ def test_nothing_is_cheaper() -> None:
 def test_one_concept_is_reached_up_to_lam() -> None:
     """D c = r (c'c) / (lam + c'c) for one concept: what is missed is lam / (lam + c'c)."""
     c, r = random(24, 1), random(24, 1, seed=1)
-    D = solve_concepts(preserving(random(24, 0), lam=0.5), c, r)
+    D = solve_concepts(preserved_metric(random(24, 0), lam=0.5), c, r)
     size = float(c.square().sum())
     torch.testing.assert_close(D.delta @ c, r * size / (0.5 + size), rtol=1e-13, atol=0)
 
 
 def test_edits_in_force_are_one_map() -> None:
     C, P, X = random(24, 2), random(24, 3, seed=1), random(24, 4, seed=2)
-    maps = [solve_concepts(preserving(P), C, random(24, 2, seed=s)) for s in (3, 4)]
+    maps = [solve_concepts(preserved_metric(P), C, random(24, 2, seed=s)) for s in (3, 4)]
     every = torch.eye(24, dtype=torch.float64) + maps[0].delta + maps[1].delta
     torch.testing.assert_close(through(maps, X), every @ X, rtol=1e-13, atol=1e-13)
     assert torch.equal(through([], X), X)
@@ -95,7 +95,7 @@ def test_real_shapes_in_a_second() -> None:
     C, G, P = (28 * one / one.norm(dim=0) for one in keys.split([10, 10, 100], dim=1))
     weights = [random(d_out, D_TEXT, seed=i) / 28 for i, d_out in enumerate(SD_1 * 2)]
     start = time.process_time()
-    D = solve_concepts(preserving(P), C, G - C)
+    D = solve_concepts(preserved_metric(P), C, G - C)
     updates = [(W0 @ D.left) @ D.right for W0 in weights]
     assert time.process_time() - start < 1.0
     assert len(updates) == 32
@@ -107,13 +107,13 @@ def test_real_shapes_in_a_second() -> None:
 def test_bad_numbers() -> None:
     C = random(24, 2)
     with pytest.raises(MethodError, match="lam is 0; it must be a finite number > 0"):
-        preserving(C, lam=0)
+        preserved_metric(C, lam=0)
     with pytest.raises(MethodError, match="weight of preserved concepts is -1"):
-        preserving(C, weight=-1)
+        preserved_metric(C, weight=-1)
     with pytest.raises(MethodError, match="weight of edited concepts is 0"):
-        solve_concepts(preserving(C), C, C, weight=0)
+        solve_concepts(preserved_metric(C), C, C, weight=0)
     with pytest.raises(MethodError, match=r"lam = 1e-30 is nothing beside.*give a larger one"):
-        preserving(C, lam=1e-30)
+        preserved_metric(C, lam=1e-30)
     for field, value in {
         "name": "", "guide": 3, "lam": -1, "edit_weight": 0, "preserve_weight": float("nan"),
         "preserve_at": "first", "phrasings": ("no slot",), "balance": 3,

@@ -10,7 +10,7 @@ import torch
 from reference_methods import uce_weight
 from torch import Tensor
 
-from unified_edit.concepts import preserving, solve_concepts
+from unified_edit.concepts import preserved_metric, solve_concepts
 from unified_edit.teaching.exercises import ExerciseError, check_concept_weight, check_spill
 from unified_edit.teaching.exercises.checking import draw, relative_error
 from unified_edit.teaching.exercises.concepts import concept_weight, spill
@@ -31,7 +31,7 @@ def test_the_exercise_has_the_published_weight(n: int) -> None:
 def test_everything_moves_along_one_direction(n: int) -> None:
     k, r, X = draw(1, 7, 1), draw(2, 7, 1), draw(3, 7, 5)
     K_p = draw(4, 7, n) if n else torch.zeros(7, 0).double()
-    D = solve_concepts(preserving(K_p, lam=0.3, weight=1.5), k, r)
+    D = solve_concepts(preserved_metric(K_p, lam=0.3, weight=1.5), k, r)
     assert relative_error(D.delta @ X, r * spill(k[:, 0], X, K_p, 0.3, 1.5)) < 1e-12
 
 

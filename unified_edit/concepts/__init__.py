@@ -18,10 +18,10 @@ from unified_edit.concepts.debiasing import debias
 from unified_edit.concepts.encoding import concept_keys
 from unified_edit.concepts.erasing import edit_concepts
 from unified_edit.concepts.opening import load_pipeline
-from unified_edit.concepts.solving import preserving, solve_concepts
+from unified_edit.concepts.solving import preserved_metric, solve_concepts
 
 __all__ = (
     "DEBIAS ERASE ERASE_STYLE METHODS MODERATE OBJECT_PHRASINGS STYLE_PHRASINGS Balance "
     "ConceptEdit ConceptMethod Round active_edits concept_keys cross_attention debias "
-    "edit_concepts load_pipeline preserving solve_concepts"
+    "edit_concepts load_pipeline preserved_metric solve_concepts"
 ).split()

@@ -15,7 +15,7 @@ from unified_edit.concepts.concept_files import ConceptProvenance, Round
 from unified_edit.concepts.concept_methods import ERASE, ConceptMethod
 from unified_edit.concepts.cross_attention import Opened, Pipeline, opened
 from unified_edit.concepts.encoding import Text, encode, read_text
-from unified_edit.concepts.solving import preserving, solve_concepts, through
+from unified_edit.concepts.solving import preserved_metric, solve_concepts, through
 from unified_edit.concepts.unet_ledger import (
     InForce,
     UNetLedger,
@@ -166,7 +166,7 @@ class Solved:
         method = asked.method
         C = torch.stack([known[text.ids] for text in asked.texts], dim=1)
         P = encode(parts, asked.preserved, whole=method.preserve_at == "all")
-        metric = preserving(P, lam=method.lam, weight=method.preserve_weight)
+        metric = preserved_metric(P, lam=method.lam, weight=method.preserve_weight)
         before = tuple(entry.edit.text_map for entry in ledger.entries)
         return cls(parts, ledger, asked, C, P, metric, before, ledger.state())
 

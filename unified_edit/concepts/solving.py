@@ -30,7 +30,7 @@ from unified_edit.errors import MethodError, NotPositiveDefiniteError
 from unified_edit.objective import Metric, Update, solve
 
 
-def preserving(P: Tensor, *, lam: float = 0.5, weight: float = 1.0) -> Metric:
+def preserved_metric(P: Tensor, *, lam: float = 0.5, weight: float = 1.0) -> Metric:
     """The metric of lam I + weight P P^T: what it costs to change what concepts P (d x n) give.
 
     Made once and shared by all matrices. Raises MethodError for a lam that is not positive or a
@@ -53,9 +53,9 @@ def preserving(P: Tensor, *, lam: float = 0.5, weight: float = 1.0) -> Metric:
 def solve_concepts(metric: Metric, C: Tensor, R: Tensor, *, weight: float = 1.0) -> Update:
     """D (d x d, as factors) that moves the keys C (d x E) by R (d x E), and others little.
 
-    It is the D of :eq:`concepts-map`. metric: of `preserving`. R: G - C, where G are the keys of
-    the guides. weight: a, of an edited concept, beside that of the preserved ones. Raises what
-    `objective.solve` raises, and MethodError for a weight that is not positive.
+    It is the D of :eq:`concepts-map`. metric: of `preserved_metric`. R: G - C, where G are the
+    keys of the guides. weight: a, of an edited concept, beside that of the preserved ones. Raises
+    what `objective.solve` raises, and MethodError for a weight that is not positive.
     """
     weight = real_number(weight, "the weight of edited concepts", MethodError, above=0.0)
     return solve(metric, C, R, ridge=1.0 / weight)
