@@ -23,7 +23,7 @@ def concept_weight(
 
 
 def spill(k: Tensor, X: Tensor, K_p: Tensor, lam: float, b: float) -> Tensor:
-    """The s(x) of :eq:`concepts-spill` for every column of X."""
+    """The c(x) of :eq:`concepts-spill` for every column of X."""
     z = torch.linalg.solve(_moment(K_p, lam, b), k)
     return (z @ X) / (1 + z @ k)
 
@@ -71,29 +71,29 @@ def check_concept_weight(concept_weight_: Solution) -> str:
 
 
 def check_spill(spill_: Solution) -> str:
-    """Check ``spill(k, X, K_p, lam, b) -> s``.
+    """Check ``spill(k, X, K_p, lam, b) -> c``.
 
-    k is (d,), X is (d x n), K_p is (d x m), once with m = 0; s has n numbers, :eq:`concepts-spill`
-    with a = 1. Raises ExerciseError.
+    k is (d,), X is (d x n), K_p is (d x m), once with m = 0; the result has n numbers, those of
+    :eq:`concepts-spill` with a = 1. Raises ExerciseError.
     """
     d = 6
     for seed, n, m, lam, b in ((3, 4, 2, 0.7, 0.6), (4, 3, 3, 0.3, 5.0), (5, 3, 0, 2.0, 0.5)):
         k, X = draw(seed, d, 1)[:, 0], draw(seed + 10, d, n)
         K_p = draw(seed + 20, d, m) if m else torch.zeros(d, 0, dtype=torch.float64)
-        what = f"s of {n} texts while {m} concepts are preserved"
+        what = f"c of {n} texts while {m} concepts are preserved"
         found = tensor(call(spill_, k, X, K_p, lam, b), (n,), what)
         M = _moment(K_p, lam, b)
         z = torch.linalg.solve(M, k)
         mistakes: Mistakes = {
-            "this is k'M^-1 x; it is divided by 1 + k'M^-1 k": z @ X,
-            "the 1 is left out: with it s(k) is a little less than one": (z @ X) / (z @ k),
-            "M is not inverted": (M @ k @ X) / (1 + k @ M @ k),
+            "this is k'C_p^-1 x; it is divided by 1 + k'C_p^-1 k": z @ X,
+            "the 1 is left out: with it c(k) is a little less than one": (z @ X) / (z @ k),
+            "C_p is not inverted": (M @ k @ X) / (1 + k @ M @ k),
             "the preserved concepts do not enter": spill(k, X, K_p[:, :0], lam, b),
             "lam does not enter": spill(k, X, K_p, 1.0, b),
             "b does not enter": spill(k, X, K_p, lam, 1.0),
-            "this is the cosine in the metric M^-1; s is not divided by the length of x": (
+            "this is the cosine in the metric C_p^-1; c is not divided by the length of x": (
                 (z @ X) / ((z @ k) * (X * torch.linalg.solve(M, X)).sum(dim=0)).sqrt()
             ),
         }
         agree(found, spill(k, X, K_p, lam, b), what, mistakes)
-    return right("Everything goes the same way, and s says how far.")
+    return right("Everything goes the same way, and c says how far.")
