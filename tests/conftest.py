@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["fixtures_atlas", "fixtures_tiny", "fixtures_refusals"]
+pytest_plugins = ["fixtures_atlas", "fixtures_tiny", "fixtures_pictures", "fixtures_refusals"]
 
 #: Published data sets, too large for the repository: tests of the real files need them there.
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -90,6 +90,9 @@ RUN_FOLDERS = (
     "configuration or living or accepted or prefixes or folder_alone",
 )
 RUN_PIECES = ("tests/test_many_processes.py", "-k", "damaged_share or one_value or left or full")
+CONCEPTS = ("tests/test_concepts.py",)
+CONCEPT_EDITS = ("tests/test_concept_edits.py",)
+BAD_CONCEPTS = ("tests/test_bad_concepts.py",)
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -134,6 +137,9 @@ CHAPTERS = {
     HOOKED: (),
     RUN_FOLDERS: (),
     RUN_PIECES: (),
+    CONCEPTS: (),
+    CONCEPT_EDITS: (),
+    BAD_CONCEPTS: (),
 }
 
 FAULTS = (
@@ -692,6 +698,37 @@ FAULTS = (
           "            if not first:", "            if False:", RUN_FOLDERS),
     Fault("what is left is told for one process", "running/status.py",
           "return work / max(1, len(self.alive))", "return work", RUN_PIECES),
+    Fault("lam counts the preserved concepts", "concepts/solving.py",
+          "moment.diagonal().add_(lam)", "moment.diagonal().add_(lam * weight)", CONCEPTS),
+    Fault("the weight of a concept is its ridge", "concepts/solving.py",
+          "return solve(metric, C, R, ridge=1.0 / weight)",
+          "return solve(metric, C, R, ridge=weight)", CONCEPTS),
+    Fault("a concept's key is that of its end", "concepts/encoding.py",
+          "return len(self.ids) - 2", "return len(self.ids) - 1", CONCEPT_EDITS),
+    Fault("half of what is read is preserved as all", "concepts/encoding.py",
+          "given.flatten(0, 1) if whole", "given[:, ::2].flatten(0, 1) if whole", CONCEPT_EDITS),
+    Fault("edits in force are forgotten by the next", "concepts/erasing.py",
+          "R = through(self.before, moved)", "R = moved", CONCEPT_EDITS),
+    Fault("guides in the order of another list", "concepts/erasing.py",
+          "for one in guides for text in method.phrased(one)",
+          "for one in guides[::-1] for text in method.phrased(one)", CONCEPT_EDITS),
+    Fault("values are edited and keys are not", "concepts/cross_attention.py",
+          'PROJECTIONS = ("to_k", "to_v")', 'PROJECTIONS = ("to_v",)', CONCEPT_EDITS),
+    Fault("any text encoder will do", "concepts/concept_edits.py",
+          "wanted = (made_for.fingerprint, *made_for.encoders)",
+          "wanted = (made_for.fingerprint, *found[1:])", CONCEPT_EDITS),
+    Fault("debiasing forgets the rounds before", "concepts/debiasing.py",
+          "alpha = alpha + balance.step * missing", "alpha = balance.step * missing",
+          CONCEPT_EDITS),
+    Fault("a concept in its shares is corrected", "concepts/debiasing.py",
+          "missing[(missing.abs() < balance.tolerance).all(dim=1)] = 0",
+          "missing[missing.abs().amax() < balance.tolerance] = 0", CONCEPT_EDITS),
+    Fault("concepts that are too long are cut off", "concepts/encoding.py",
+          "if len(ids) > (limit", "if len(ids) > 999 + (limit", BAD_CONCEPTS),
+    Fault("erased and preserved at once", "concepts/erasing.py",
+          "            if text.ids in edited:\n                raise ContradictionError(",
+          "            if text.text in edited.values():\n                raise ContradictionError(",
+          BAD_CONCEPTS),
 )  # fmt: skip
 
 

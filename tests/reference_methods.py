@@ -305,3 +305,45 @@ def ultraedit_shift(
     v_feature = coeffs * pesudo_values_hat
     mat = hidden_states.T @ hidden_states + eye(d_in)
     return torch.linalg.solve(mat, hidden_states.T @ v_feature).T, v_feature
+
+
+# --------------------------------------------------------------------------- UCE
+
+
+def uce_weight(
+    w_old: Tensor,
+    edited: Sequence[tuple[Tensor, Tensor]],
+    preserved: Sequence[Tensor],
+    lamb: float = 0.5,
+    erase_scale: float = 1.0,
+    preserve_scale: float = 1.0,
+) -> Tensor:
+    """rohitgandikota/unified-concept-editing 28c81ed, trainscripts/uce_sd_erase.py: UCE.
+
+    w_old (d_out x d_text); edited: (c_i, v_i_star) of each concept, preserved: c_i. What a
+    preserved concept gives is taken from the old weight there, as v_i_star.
+    """
+    w_old = w_old.double()
+    mat1 = lamb * w_old
+    mat2 = lamb * eye(w_old.shape[1])
+    for c, v_star in edited:
+        c_i, v_i_star = c.double()[:, None], v_star.double()[:, None]
+        mat1 = mat1 + erase_scale * (v_i_star @ c_i.T)
+        mat2 = mat2 + erase_scale * (c_i @ c_i.T)
+    for c in preserved:
+        c_i = c.double()[:, None]
+        v_i_star = w_old @ c_i
+        mat1 = mat1 + preserve_scale * (v_i_star @ c_i.T)
+        mat2 = mat2 + preserve_scale * (c_i @ c_i.T)
+    return mat1 @ inv(mat2)
+
+
+def uce_debias_targets(
+    w_old: Tensor, c: Tensor, attributes: Sequence[Tensor], direction_scales: Sequence[Tensor]
+) -> Tensor:
+    """uce_sd_debias.py: v_i_star of one concept, to which each round adds in place."""
+    v_i_star = w_old.double() @ c.double()
+    for direction_scale in direction_scales:
+        for i, concept in enumerate(attributes):
+            v_i_star = v_i_star + direction_scale[i] * (w_old.double() @ concept.double())
+    return v_i_star

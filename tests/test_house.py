@@ -33,6 +33,7 @@ FLOORS = (
     "editing",
     "measuring",
     "running",
+    "concepts",
     "teaching",
     "command_line",
 )

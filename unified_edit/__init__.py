@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unified_edit import errors, objective
+    from unified_edit import concepts, errors, objective
     from unified_edit.editing import (
         ALPHAEDIT,
         EMMET,
@@ -85,6 +85,7 @@ _FLOORS = {
 _FLOOR_OF = {name: floor for floor, names in _FLOORS.items() for name in names.split()}
 #: Public module -> its place in the house.
 _MODULES = {
+    "concepts": "concepts",
     "errors": "errors",
     "exercises": "teaching.exercises",
     "figures": "measuring.figures",

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from unified_edit.errors import EditError, EditFileError
 from unified_edit.facts import SharedSubject
 from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.fingerprints import tensor_hash
-from unified_edit.model.ledger import Entry, Ledger
+from unified_edit.model.ledger import Entry, Ledger, WeightLedger
 from unified_edit.objective import Budget, Diagnosis, Update
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,18 @@ class Touched:
     layer: int
     before: str
     after: str
+
+
+class Record(Protocol):
+    """What is needed of an edit's record to hold it against a model."""
+
+    @property
+    def model(self) -> str:
+        """What the model was called."""
+
+    @property
+    def weights(self) -> Mapping[str, Touched]:
+        """{name: `Touched`} of each weight that is edited."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class Outcome:
     likeliest: bool = False
 
 
-def check_alone(ledger: Ledger, weight: NamedWeight, edit: Entry, recorded: Provenance) -> None:
+def check_alone(ledger: WeightLedger, weight: NamedWeight, edit: Entry, recorded: Record) -> None:
     """Raise EditFileError unless the base weight, and the one that `edit` alone makes of it, are
     those that were recorded.
     """
@@ -127,7 +139,7 @@ def check_alone(ledger: Ledger, weight: NamedWeight, edit: Entry, recorded: Prov
 
 
 def check_arrived(
-    ledger: Ledger, weight: NamedWeight, edit: Entry, earlier: Sequence[Entry]
+    ledger: WeightLedger, weight: NamedWeight, edit: Entry, earlier: Sequence[Entry]
 ) -> None:
     """Raise EditError if Delta is lost when a weight is rounded to the model's type.
 

@@ -18,8 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from unified_edit.errors import ModelError
 
@@ -34,7 +33,7 @@ _INERT = re.compile(
     r"|label2id|num_labels|problem_type|task_specific_params|\w*_token_ids?|\w*dropout\w*|\w+_pdrop"
     r"|summary_\w+|initializer_range|tie_word_embeddings|use_bfloat16|torchscript"
     r"|chunk_size_feed_forward|is_encoder_decoder|finetuning_task|gradient_checkpointing"
-    r"|generation_config|quantization_config|dequantised_from)"
+    r"|generation_config|quantization_config|dequantised_from|diffusers_version|use_default_values)"
 )
 
 
@@ -55,7 +54,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tensors(model: PreTrainedModel, instead: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: nn.Module, instead: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers by name, `instead` of some of them what stands for them."""
     saved = set(model.state_dict(keep_vars=True))
     for name, parameter in model.named_parameters():
@@ -65,6 +64,12 @@ def _tensors(model: PreTrainedModel, instead: Mapping[str, Tensor]) -> Iterator[
             yield name, buffer
 
 
+def _own_configuration(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model of transformers, or of diffusers, which has a mapping."""
+    config: Any = model.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
 def _configuration(config: Any) -> Any:
     """What of a configuration determines the logits."""
     if not isinstance(config, dict):
@@ -72,7 +77,7 @@ def _configuration(config: Any) -> Any:
     return {k: _configuration(v) for k, v in config.items() if not _INERT.fullmatch(str(k))}
 
 
-def model_fingerprint(model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None) -> str:
+def model_fingerprint(model: nn.Module, instead: Mapping[str, Tensor] | None = None) -> str:
     """SHA-256 over all that determines the logits of `model`; 64 hexadecimal digits.
 
     `instead` maps parameter names to tensors that stand for them: an edited model's base
@@ -80,7 +85,7 @@ def model_fingerprint(model: PreTrainedModel, instead: Mapping[str, Tensor] | No
 
     Raises ModelError for a tensor with NaN or infinite entries.
     """
-    config = _configuration(model.config.to_dict())
+    config = _configuration(_own_configuration(model))
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     named = list(_tensors(model, instead or {}))
     # copies from a device and hashes leave the interpreter to others
@@ -111,9 +116,9 @@ def glance_at(tensor: Tensor) -> tuple[object, ...]:
 
 
 def glance(
-    model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None
+    model: nn.Module, instead: Mapping[str, Tensor] | None = None
 ) -> dict[str, tuple[object, ...]]:
     """A quick look at all that `model_fingerprint` hashes; equal as long as nothing has changed."""
-    config = json.dumps(_configuration(model.config.to_dict()), sort_keys=True, default=str)
+    config = json.dumps(_configuration(_own_configuration(model)), sort_keys=True, default=str)
     seen = {name: glance_at(tensor) for name, tensor in _tensors(model, instead or {})}
     return {"": (config,), **seen}

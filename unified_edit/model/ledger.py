@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,10 @@ class Beside(Entry, Protocol):
         """Take them out."""
 
 
-class Ledger:
-    """The base weights and the active edits of one model."""
+class WeightLedger:
+    """The base weights and the active edits of one module, whose weights `named` finds."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._base: dict[str, Tensor] = {}
         self._left: dict[str, str] = {}  # hash of each touched weight as the ledger left it
@@ -63,7 +63,7 @@ class Ledger:
         self._probed: set[tuple[str, int]] = set()
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> nn.Module:
         """The model; EditError if it no longer exists."""
         model = self._model()
         if model is None:
@@ -73,10 +73,9 @@ class Ledger:
             )
         return model
 
-    @property
-    def parts(self) -> Anatomy:
-        """The parts of the model; EditError if it no longer exists."""
-        return Anatomy.of(self.model)
+    def named(self, name: str) -> NamedWeight:
+        """The weight of that name; raises ModelError if there is none that can be edited."""
+        raise NotImplementedError
 
     @property
     def active(self) -> tuple[Entry, ...]:
@@ -107,20 +106,10 @@ class Ledger:
         """What the model computes now: the base's fingerprint and the active edits in order."""
         return "+".join([self.fingerprint(), *(edit.id for edit in self._active)])
 
-    def probe(self, weight: NamedWeight, site: nn.Module) -> None:
-        """`Anatomy.probe`, once for the base as it is; raises what that raises."""
-        parts, key = self.parts, (weight.name, id(site))
-        self.fingerprint()
-        if key not in self._probed:
-            parts.probe(weight, site)
-            self._note([weight])  # it wrote to the weight and put it back
-            self._probed.add(key)
-
     def verify(self) -> None:
         """Raise ModelChangedError if a touched weight is not as the ledger left it."""
-        parts = self.parts
         for name, expected in self._left.items():
-            weight, base = parts.named(name).parameter, self._base[name]
+            weight, base = self.named(name).parameter, self._base[name]
             if (weight.dtype, weight.shape) != (base.dtype, base.shape):
                 change = f"is now {tuple(weight.shape)} {weight.dtype}"
             elif tensor_hash(weight) != expected:
@@ -156,9 +145,8 @@ class Ledger:
         with lock_of(self.model):
             self.verify()
             self.fingerprint()  # a change by others is noticed before this one hides it
-            parts = self.parts
             touched = {name for edit in edits for name in edit.updates}
-            weights = [parts.named(name) for name in sorted(touched | set(self._base))]
+            weights = [self.named(name) for name in sorted(touched | set(self._base))]
             new = {weight: self.with_edits(weight, edits) for weight in weights}
             # a weight that no edit touches any more is its base again; the copy is not needed
             base = {
@@ -247,6 +235,33 @@ class Ledger:
             if self._active:
                 self.activate(())
             yield
+
+
+class Ledger(WeightLedger):
+    """The base weights and the active edits of one language model."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; EditError if it no longer exists."""
+        return cast(PreTrainedModel, super().model)
+
+    @property
+    def parts(self) -> Anatomy:
+        """The parts of the model; EditError if it no longer exists."""
+        return Anatomy.of(self.model)
+
+    def named(self, name: str) -> NamedWeight:
+        """The weight of that name; raises ModelError if there is none that can be edited."""
+        return self.parts.named(name)
+
+    def probe(self, weight: NamedWeight, site: nn.Module) -> None:
+        """`Anatomy.probe`, once for the base as it is; raises what that raises."""
+        parts, key = self.parts, (weight.name, id(site))
+        self.fingerprint()
+        if key not in self._probed:
+            parts.probe(weight, site)
+            self._note([weight])  # it wrote to the weight and put it back
+            self._probed.add(key)
 
 
 def _tell(before: Sequence[Entry], now: Sequence[Entry]) -> None:

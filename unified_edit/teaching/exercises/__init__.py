@@ -11,6 +11,7 @@ from unified_edit.teaching.exercises.big_models import check_merged_scores
 from unified_edit.teaching.exercises.breaks import check_overlap
 from unified_edit.teaching.exercises.bridge import check_bridge, check_filter, check_frontier
 from unified_edit.teaching.exercises.checking import ExerciseError
+from unified_edit.teaching.exercises.concepts import check_concept_weight, check_spill
 from unified_edit.teaching.exercises.emmet import check_batch_equality, check_feasible
 from unified_edit.teaching.exercises.four_corners import check_projected
 from unified_edit.teaching.exercises.hook_layers import check_gated
@@ -62,6 +63,7 @@ __all__ = [
     "check_batch_equality",
     "check_best_shares",
     "check_bridge",
+    "check_concept_weight",
     "check_contribution",
     "check_crosstalk",
     "check_errors_in_turn",
@@ -94,6 +96,7 @@ __all__ = [
     "check_second_moment",
     "check_shrink",
     "check_smallest_strength",
+    "check_spill",
     "check_strip",
     "check_value_loss",
     "check_written_share",
