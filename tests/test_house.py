@@ -32,6 +32,7 @@ FLOORS = (
     "statistics",
     "editing",
     "measuring",
+    "relations",
     "teaching",
     "command_line",
 )
