@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from unified_edit.editing.prepared import fresh
 from unified_edit.errors import RelationError
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length
+from unified_edit.model.batching import batches_by_length, left_padded
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, quiet, stubbed
 from unified_edit.model.prompts import Row
 from unified_edit.relations.prompts import Asked
@@ -153,12 +153,16 @@ def read_states(parts: Anatomy, rows: Sequence[Asked], layers: Sequence[int]) ->
     return States(s, o, answers)
 
 
+def _nothing(rows: int, device: torch.device) -> dict[str, Tensor]:
+    """Inputs of one token that no block will look at."""
+    return left_padded([[0]] * rows, device)
+
+
 @contextmanager
 def _bodiless(parts: Anatomy, hidden: Tensor) -> Iterator[None]:
     first = parts.blocks[0]
     with noticing_tuples(first) as returned, captured({0: (first, "output")}):
-        ids = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
-        parts.model.base_model(input_ids=ids, use_cache=False, **PLAIN_OUTPUT)
+        parts.model.base_model(**_nothing(1, hidden.device), use_cache=False, **PLAIN_OUTPUT)
     with stubbed(list(parts.blocks), hidden, returned[0]):
         yield
 
@@ -171,10 +175,10 @@ def log_probabilities_of(parts: Anatomy, o: Tensor) -> Tensor:
     """
     hidden = o.to(parts.model.dtype)[:, None]
     with quiet(parts.model), _bodiless(parts, hidden):
-        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        final = parts.model.base_model(
-            input_ids=ids, use_cache=False, **PLAIN_OUTPUT
-        ).last_hidden_state[:, 0]
+        inputs = _nothing(len(hidden), hidden.device)
+        final = parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT).last_hidden_state[
+            :, 0
+        ]
     logits = parts.logits(final)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 

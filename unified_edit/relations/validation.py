@@ -37,7 +37,6 @@ from unified_edit.relations.prompts import SEPARATOR, FewShot, enough, rows_of, 
 from unified_edit.relations.scores import Fold, RelationScores
 from unified_edit.relations.states import States, decode, outputs_with, read_states
 
-
 BETAS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 RANKS = (4, 8, 16, 32, 64, 128)
 KIND = "unified_edit relation scores/1"
