@@ -5,9 +5,10 @@
 Of each relation at most sixty pairs are asked in the published few-shot prompt; where a model knows
 twenty of them, faithfulness and causality are measured on held-out subjects, with settings chosen
 on the other fold. The published pairs (MIT) are in the repository of *Linearity of Relation
-Decoding in Transformer Language Models* (Hernandez et al., ICLR 2024). Then facts of a relation are edited with EMMET, and what the matrix of the
-unedited model reads off the edited subjects is put down block by block. What the file holds already
-is kept, so that a run that was stopped goes on; `--minutes` stops it after so many of its own.
+Decoding in Transformer Language Models* (Hernandez et al., ICLR 2024). Then facts of a relation are
+edited with EMMET, and what the matrix of the unedited model reads off the edited subjects is put
+down block by block. What the file holds already is kept, so that a run that was stopped goes on;
+`--minutes` stops it after so many of its own.
 """
 
 from __future__ import annotations
@@ -83,10 +84,7 @@ def one_relation(name: str, model: Any, tokenizer: Any, data: RelationData) -> d
     if len(known) < NEEDED:
         return {**row, "asked": len(asked), "known": len(known)}
     try:
-        return {
-            **row,
-            **described(ue.relations.cross_validate(model, tokenizer, asked, **settings)),
-        }
+        scores = ue.relations.cross_validate(model, tokenizer, asked, **settings)
     except RelationError as problem:
         return {**row, "asked": len(asked), "known": len(known), "why": str(problem)}
     return {**row, **described(scores)}

@@ -80,10 +80,13 @@ def test_the_jacobian_of_every_family_is_that_of_autograd(name: str, tiny_tokeni
     # a third way, without any gradient: twice the same small step, both ways
     step = torch.randn(len(s), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     step *= 1e-5 * s.norm() / step.norm()
-    ends = [reference.forward(model, parts.blocks, list(row.ids), 2, row.subject, s + sign * step)[1]
-            for sign in (1, -1)]  # fmt: skip
+    ids = list(row.ids)
+    ends = [
+        reference.forward(model, parts.blocks, ids, 2, row.subject, s + sign * step)[1]
+        for sign in (1, -1)
+    ]
     slope = (ends[0] - ends[1]) / 2
-    # what is cubic in a step of 1e-5 is some 1e-10 of it; o itself is rounded, in every sum on its way
+    # what is cubic in a step of 1e-5 is some 1e-10 of it; o is rounded, in every sum on its way
     assert (found.jacobian[2] @ step - slope).norm() <= 1e-7 * slope.norm() + 1e-14 * o.norm()
 
 
@@ -162,7 +165,7 @@ def test_the_inverse_is_that_of_the_largest_singular_values() -> None:
     lower = sum(torch.outer(v[i], u[:, i]) / sizes[i] for i in range(3))
     assert close(R.low_rank_inverse(weight, 3), lower)
     weight[:, 0] = weight[:, 1]
-    with pytest.raises(RelationError, match="singular: 8 of its 9 singular values .* rank 9"):
+    with pytest.raises(RelationError, match=r"singular: 8 of its 9 singular values .* rank 9"):
         R.low_rank_inverse(weight, None)
     assert R.low_rank_inverse(weight, 8).isfinite().all()
 
