@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def run_prefix(parts: Anatomy, ids: Sequence[int]) -> Cache:
         use_cache=True,
         **PLAIN_OUTPUT,
     )
-    return [(layer.keys, layer.values) for layer in made.layers]  # type: ignore[attr-defined]
+    layers: list[Any] = list(made.layers)
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 @dataclass(frozen=True)
