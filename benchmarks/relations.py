@@ -30,7 +30,13 @@ from result_files import in_lines
 import unified_edit as ue
 from unified_edit.errors import RelationError
 from unified_edit.model import Encoder, anatomy
-from unified_edit.relations import RelationData, RelationScores, read_states, rows_of
+from unified_edit.relations import (
+    FewShot,
+    RelationData,
+    RelationScores,
+    read_states,
+    rows_of,
+)
 
 log = logging.getLogger("relations")
 
@@ -43,8 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 #: Edits: the relation whose facts are written, at what block it is read, and how many facts.
 EDITED = {
-    "atlas": ("people.country", 3, 12),
-    "smollm2": ("name religion", 16, 6),
+    "atlas": ("people.country", 3, 20),
+    "smollm2": ("country language", 16, 6),
 }
 
 
@@ -119,37 +125,43 @@ def edited(name: str, model: Any, tokenizer: Any, data: RelationData) -> dict[st
     old = ue.relations.first_tokens(encoder, data.templates[0], pairs)
     rows = rows_of(encoder, relation.prompt, subjects)
 
-    def reads() -> dict[str, Any]:
+    bare = rows_of(encoder, FewShot(data.templates[0]), subjects)
+
+    def part(tokens: Any, wanted: Sequence[int]) -> float:
+        same = [one == other for one, other in zip(tokens.tolist(), wanted, strict=True)]
+        return sum(same) / len(same)
+
+    def shares(tokens: Any) -> dict[str, float]:
+        return {"new": part(tokens, new), "old": part(tokens, old)}
+
+    def reads() -> tuple[dict[str, Any], Any]:
         states = read_states(parts, rows, layers)
-
-        def shares(tokens: Sequence[int]) -> dict[str, float]:
-            token = torch.tensor(tokens, device=states.o.device)
-            return {"new": mean(token, new), "old": mean(token, old)}
-
-        def mean(token: Any, wanted: Sequence[int]) -> float:
-            return sum(int(a) == b for a, b in zip(token.tolist(), wanted, strict=True)) / len(
-                facts
-            )
-
-        found: dict[str, Any] = {"model": shares(states.answers.tolist())}
-        found["by_layer"] = {}
+        found: dict[str, Any] = {
+            "bare": shares(read_states(parts, bare, []).answers),
+            "model": shares(states.answers),
+            "by_layer": {},
+        }
         for at in layers:
             read = ue.relations.log_probabilities_of(parts, relation.outputs(states.s[at]))
-            found["by_layer"][str(at)] = shares(read.argmax(-1).tolist())
-        predicted = relation.outputs(states.s[layer])
-        error = (predicted - states.o).norm(dim=1) / states.o.norm(dim=1)
-        found["relative_error"] = round(float(error.mean()), 4)
-        return found
+            found["by_layer"][str(at)] = shares(read.argmax(-1))
+            if at == layer:
+                found["agree"] = part(read.argmax(-1), states.answers.tolist())
+        return found, states
 
-    before = reads()
+    before, first = reads()
     edit = ue.edit(model, tokenizer, facts, method=ue.EMMET)
-    after = reads()
+    after, last = reads()
     edit.undo()
+    moved = last.o - first.o
+    expected = (last.s[layer] - first.s[layer]) @ relation.weight.to(moved).T
+    cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=1)
     return {
         "relation": data.name, "layer": layer, "facts": len(facts), "method": "EMMET",
         "edited_layers": sorted({touched.layer for touched in edit.provenance.weights.values()}),
         "subjects": subjects, "new": [fact.target_new for fact in facts],
         "old": [pair.object for pair in pairs], "before": before, "after": after,
+        "cosine": [round(one, 4) for one in cosine.tolist()],
+        "length": [round(one, 4) for one in (expected.norm(dim=1) / moved.norm(dim=1)).tolist()],
     }  # fmt: skip
 
 
@@ -157,9 +169,9 @@ def jobs(name: str, data: Sequence[RelationData]) -> list[tuple[str, Callable[..
     """What is to be measured on a model, in order."""
     found: list[tuple[str, Callable[..., Any]]] = []
     for one in data:
-        found.append((one.name, lambda *loaded, one=one: one_relation(name, *loaded, one)))
         if one.name == EDITED[name][0]:
             found.append(("edited", lambda *loaded, one=one: edited(name, *loaded, one)))
+        found.append((one.name, lambda *loaded, one=one: one_relation(name, *loaded, one)))
     return found
 
 
@@ -180,7 +192,8 @@ def main() -> None:
             ue.relations.atlas_relations() if name == "atlas"
             else ue.relations.read_relations(given.data)
         )  # fmt: skip
-        data.sort(key=lambda one: one.name not in [*given.first, EDITED[name][0]])
+        first = [EDITED[name][0], *given.first]
+        data.sort(key=lambda one: first.index(one.name) if one.name in first else len(first))
         model, tokenizer = ue.load_model(name)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         held = result.setdefault(name, {})

@@ -186,6 +186,7 @@ SHOWN_LINES = {
     ("four_corners",): 60,
     ("breaks",): 61,
     ("big_models",): 110,
+    ("relations",): 60,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.
