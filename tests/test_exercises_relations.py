@@ -36,7 +36,7 @@ def test_the_inverse_moves_o_by_what_was_asked() -> None:
         (lambda j, H, O, h, beta: beta * j.mean(0) @ h + O.mean(1), "b is the mean of o"),
         (lambda j, H, O, h, beta: beta * j.mean(0) @ h + (O - j.mean(0) @ H).mean(1),
          "own, then the mean"),
-        (lambda j, H, O, h, beta: object_state(j.mT, H, O, h, beta), "off"),
+        (lambda j, H, O, h, beta: object_state(j.mT, H, O, h, beta), "differ from the right"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(wrong: object, message: str) -> None:
@@ -46,9 +46,7 @@ def test_mistakes_are_named(wrong: object, message: str) -> None:
 
 def test_another_way_is_right_too() -> None:
     def tangents(jacobians: Tensor, H: Tensor, out: Tensor, h: Tensor, beta: float) -> Tensor:
-        each = [
-            out[:, i] + jacobians[i] @ (beta * h - H[:, i]) for i in range(len(jacobians))
-        ]
+        each = [out[:, i] + jacobians[i] @ (beta * h - H[:, i]) for i in range(len(jacobians))]
         return torch.stack(each).mean(0)
 
     assert check_object_state(tangents).startswith("Right.")
