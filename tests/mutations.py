@@ -93,6 +93,7 @@ RUN_PIECES = ("tests/test_many_processes.py", "-k", "damaged_share or one_value 
 CONCEPTS = ("tests/test_concepts.py",)
 CONCEPT_EDITS = ("tests/test_concept_edits.py",)
 BAD_CONCEPTS = ("tests/test_bad_concepts.py",)
+RELATIONS = ("tests/test_relations.py", "-k", "not every_family or (every_family and gpt2)")
 
 #: The chapters about what those tests test. How files are damaged, or a model is told from another,
 #: is nothing for a book.
@@ -140,6 +141,7 @@ CHAPTERS = {
     CONCEPTS: (),
     CONCEPT_EDITS: (),
     BAD_CONCEPTS: (),
+    RELATIONS: (),
 }
 
 FAULTS = (
@@ -729,6 +731,104 @@ FAULTS = (
           "            if text.ids in edited:\n                raise ContradictionError(",
           "            if text.text in edited.values():\n                raise ContradictionError(",
           BAD_CONCEPTS),
+    Fault(
+        "the Jacobian is transposed",
+        "relations/jacobian.py",
+        "whole[start : start + at_once] = grad[:, 0]",
+        "whole[:, start : start + at_once] = grad[:, 0].T",
+        RELATIONS,
+    ),
+    Fault(
+        "the lowest block of several is the one below",
+        "relations/jacobian.py",
+        "return torch.cat([s[:, None], hidden[:, 1:]], dim=1)",
+        "return torch.cat([s[:, None].detach(), hidden[:, 1:]], dim=1)",
+        RELATIONS,
+    ),
+    Fault(
+        "the bias takes the mean of o alone",
+        "relations/estimating.py",
+        "bias = o - jacobian @ s",
+        "bias = o",
+        RELATIONS,
+    ),
+    Fault(
+        "W is a sum over the examples",
+        "relations/estimating.py",
+        "jacobian / len(rows)",
+        "jacobian",
+        RELATIONS,
+    ),
+    Fault(
+        "an example is asked behind itself",
+        "relations/prompts.py",
+        "            if pair.subject != subject\n",
+        "            if pair\n",
+        RELATIONS,
+    ),
+    Fault(
+        "s is read at the subject's first token",
+        'relations/prompts.py',
+        'len(front) + places[-1], own',
+        'len(front) + places[0], own',
+        RELATIONS,
+    ),
+    Fault(
+        "beta scales b too",
+        "relations/relation.py",
+        "return self.beta * s.to(weight.dtype) @ weight.T + self.bias.to(s.device)",
+        "return self.beta * (s.to(weight.dtype) @ weight.T + self.bias.to(s.device))",
+        RELATIONS,
+    ),
+    Fault(
+        "the inverse takes the smallest singular values",
+        "relations/inverse.py",
+        "right = self.right[:chosen].T / self.sizes[:chosen]",
+        "right = self.right[-chosen:].T / self.sizes[-chosen:]",
+        RELATIONS,
+    ),
+    Fault(
+        "an edit goes the wrong way",
+        "relations/relation.py",
+        "move = (there.o - here.o)",
+        "move = (here.o - there.o)",
+        RELATIONS,
+    ),
+    Fault(
+        "settings are chosen on the fold that they are scored on",
+        "relations/scores.py",
+        "if other is not fold) or (fold,)",
+        "if other is fold) or (fold,)",
+        RELATIONS,
+    ),
+    Fault(
+        "an interval from two subjects on",
+        "relations/scores.py",
+        "LEAST_FOR_INTERVAL = 20",
+        "LEAST_FOR_INTERVAL = 2",
+        RELATIONS,
+    ),
+    Fault(
+        "a fold's own subjects are examples",
+        'relations/validation.py',
+        '            rest = [pair for pair in pairs if pair not in dealt[number]]',
+        '            rest = [pair for pair in pairs if pair in dealt[number]]',
+        RELATIONS,
+    ),
+    Fault(
+        "scores of other settings are gone on with",
+        "relations/validation.py",
+        "if kind != KIND or conditions != self.conditions:",
+        "if kind != KIND:",
+        RELATIONS,
+    ),
+    Fault(
+        "padding of a prompt is looked at",
+        "relations/states.py",
+        "own = (steps < lengths[:, None]).long()",
+        "own = (steps < width).long().expand(len(rows), -1)",
+        RELATIONS,
+    ),
 )  # fmt: skip
 
 

@@ -187,6 +187,7 @@ SHOWN_LINES = {
     ("breaks",): 61,
     ("big_models",): 110,
     ("concepts",): 96,
+    ("relations",): 60,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.

@@ -34,6 +34,7 @@ FLOORS = (
     "measuring",
     "running",
     "concepts",
+    "relations",
     "teaching",
     "command_line",
 )

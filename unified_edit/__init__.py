@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unified_edit import concepts, errors, objective
+    from unified_edit import concepts, errors, objective, relations
     from unified_edit.editing import (
         ALPHAEDIT,
         EMMET,
@@ -90,6 +90,7 @@ _MODULES = {
     "exercises": "teaching.exercises",
     "figures": "measuring.figures",
     "objective": "objective",
+    "relations": "relations",
     "sliders": "teaching.sliders",
 }
 

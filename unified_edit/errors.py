@@ -82,6 +82,14 @@ class EditFileError(EditError, ValueError):
     """An edit file is corrupt, truncated, not one of ours, or made for another model."""
 
 
+class RelationError(UnifiedEditError, ValueError):
+    """A linear relation cannot be made or used: too few pairs, unknown subjects, a singular W."""
+
+
+class RelationFileError(RelationError):
+    """A file of relations or of their scores is damaged, not one of ours, or of another model."""
+
+
 class ReportFileError(UnifiedEditError, ValueError):
     """A file of answers is damaged, not one of ours, or was made from something else."""
 

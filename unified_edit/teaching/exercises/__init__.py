@@ -41,6 +41,7 @@ from unified_edit.teaching.exercises.preserving import (
 from unified_edit.teaching.exercises.real_edits import check_paired_interval
 from unified_edit.teaching.exercises.real_locating import check_resampled_interval
 from unified_edit.teaching.exercises.real_model import check_smallest_strength
+from unified_edit.teaching.exercises.relations import check_object_state
 from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
