@@ -38,7 +38,7 @@ _INERT = re.compile(
 
 
 #: Tensors that are hashed beside one another; each may be copied from a device first.
-HASHES_AT_ONCE = 4
+HASHES_AT_ONCE = 8
 
 
 def _raw(tensor: Tensor) -> memoryview:
