@@ -50,6 +50,9 @@ def edit_concepts(
     Concept edits that are in force stay so, and this one reckons with them: a guide and a preserved
     concept give what they give now. `ConceptEdit.undo` takes any of them out again, bit for bit.
 
+    Stable Diffusion XL hands its UNet a summary of the prompt as well, past these matrices: that is
+    not edited.
+
     Raises ModelError for a pipeline without cross-attention; FactError for a concept that is empty,
     no text, named twice or its own guide; ContradictionError for one that is preserved as well;
     TokenizationError for one that is longer than the encoder reads; MethodError for a method that

@@ -71,7 +71,8 @@ def tiny_unet(d_text: int, **more: Any) -> Any:
         "cross_attention_dim": d_text,
         **more,
     }
-    return UNet2DConditionModel(**settings).eval()
+    unet: Any = UNet2DConditionModel(**settings)
+    return unet.eval()
 
 
 def tiny_pipeline(tokenizer: Any = None, *, seed: int = 0, width: int = 32) -> Any:
@@ -157,14 +158,15 @@ def _text_config(tokenizer: Any, width: int, **more: Any) -> Any:
 def _vae() -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(8, 16),
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
         sample_size=16,
-    ).eval()
+    )
+    return vae.eval()
 
 
 def _scheduler() -> Any:
