@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def test_w_and_b_are_the_published_means(gpt2: Any, tiny_tokenizer: Any) -> None
     assert len(set(examples)) == 4
     assert close(relation.weight, weight)
     assert close(relation.bias, bias)
+    s = torch.randn(2, len(bias), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    read = replace(relation, beta=1.7).outputs(s)
+    assert close(read, torch.stack([1.7 * weight @ one + bias for one in s]))
     assert relation.provenance["seed"] == 3
     assert relation.provenance["fingerprint"] == model_fingerprint(gpt2)
 
