@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import platform
 import random
 import time
@@ -62,7 +63,10 @@ def some_of(data: RelationData) -> RelationData:
 def described(scores: RelationScores) -> dict[str, Any]:
     """The figures of one relation."""
     numbers = {
-        name: [round(x, 4) for x in (score.value, score.low, score.high)] + [score.n]
+        # JSON has no NaN: null says that there is no interval
+        name: [
+            None if math.isnan(x) else round(x, 4) for x in (score.value, score.low, score.high)
+        ] + [score.n]
         for name, score in (
             ("faithfulness", scores.faithfulness), ("causality", scores.causality)
         )

@@ -823,10 +823,10 @@ FAULTS = (
         RELATIONS,
     ),
     Fault(
-        "padding of a prompt is looked at",
+        "o is read behind the longest prompt",
         "relations/states.py",
-        "own = (steps < lengths[:, None]).long()",
-        "own = (steps < width).long().expand(len(rows), -1)",
+        "(ids, mask, positions, subject, lengths - 1)",
+        "(ids, mask, positions, subject, torch.full_like(lengths, width - 1))",
         RELATIONS,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The chapter "A relation is (sometimes) a matrix": its equations, and the check of its exercise."""
+"""The chapter about a relation as a matrix: its equations, and the check of its exercise."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_the_inverse_moves_o_by_what_was_asked() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda j, H, O, h, beta: beta * object_state(j, H, O, h, 1.0), "beta scales b too"),
-        (lambda j, H, O, h, beta: object_state(j, H, O, h, 1.0), "beta does not enter"),
-        (lambda j, H, O, h, beta: beta * j.mean(0) @ h, "b is missing"),
-        (lambda j, H, O, h, beta: beta * j.mean(0) @ h + O.mean(1), "b is the mean of o"),
-        (lambda j, H, O, h, beta: beta * j.mean(0) @ h + (O - j.mean(0) @ H).mean(1),
+        (lambda j, H, Y, h, beta: beta * object_state(j, H, Y, h, 1.0), "beta scales b too"),
+        (lambda j, H, Y, h, beta: object_state(j, H, Y, h, 1.0), "beta does not enter"),
+        (lambda j, H, Y, h, beta: beta * j.mean(0) @ h, "b is missing"),
+        (lambda j, H, Y, h, beta: beta * j.mean(0) @ h + Y.mean(1), "b is the mean of o"),
+        (lambda j, H, Y, h, beta: beta * j.mean(0) @ h + (Y - j.mean(0) @ H).mean(1),
          "own, then the mean"),
-        (lambda j, H, O, h, beta: object_state(j.mT, H, O, h, beta), "differ from the right"),
+        (lambda j, H, Y, h, beta: object_state(j.mT, H, Y, h, beta), "differ from the right"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(wrong: object, message: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,9 @@ def test_w_and_b_are_the_published_means(gpt2: Any, tiny_tokenizer: Any) -> None
     assert len(set(examples)) == 4
     assert close(relation.weight, weight)
     assert close(relation.bias, bias)
+    s = torch.randn(2, len(bias), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    read = replace(relation, beta=1.7).outputs(s)
+    assert close(read, torch.stack([1.7 * weight @ one + bias for one in s]))
     assert relation.provenance["seed"] == 3
     assert relation.provenance["fingerprint"] == model_fingerprint(gpt2)
 
@@ -518,6 +522,15 @@ def test_what_cannot_be_estimated_is_refused(gpt2: Any, tiny_tokenizer: Any) -> 
     for error, message, data, more in calls:
         with pytest.raises(error, match=message):
             R.estimate(model, tiny_tokenizer, data, **{"layer": 1, **more})
+    with pytest.raises(RelationError, match="template of relation 'stands in' is 1; it must be"):
+        R.estimate(model, tiny_tokenizer, DATA, layer=1, template=1)
+    relation = R.estimate(model, tiny_tokenizer, DATA, layer=1, unknown="keep")
+    with pytest.raises(RelationError, match="has 0 subjects, but 1 are needed"):
+        relation.predict(model, tiny_tokenizer, [])
+    with pytest.raises(RelationError, match="has 0 subjects, but 1 are needed"):
+        relation.edit(model, tiny_tokenizer, [], [])
+    with pytest.raises(FactError, match="a subject must be a string"):
+        relation.predict(model, tiny_tokenizer, [3])  # type: ignore[list-item]
     with pytest.raises(RelationError, match="knows none of the 8 pairs"):
         R.known_pairs(model, tiny_tokenizer, DATA, n=3)
     long = DATA.with_pairs([*PAIRS[:4], Pair("Oslo " * 200, "Rome")])

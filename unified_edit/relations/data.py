@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unified_edit.arguments import as_path
+from unified_edit.arguments import as_list, as_path, whole_number
 from unified_edit.atlas.knowledge import load_knowledge
 from unified_edit.errors import FactError, FactFileError, RelationError, brief, quote
 from unified_edit.facts.facts import SLOT, clean_text
@@ -55,7 +55,7 @@ class RelationData:
     def __post_init__(self) -> None:
         name = clean_text(self.name, "RelationData.name")
         where = f"relation {quote(name)}"
-        templates = tuple(clean_text(text, "a template", where) for text in self.templates)
+        templates = tuple(clean_text(text, "a template", where) for text in as_list(self.templates))
         for text in templates:
             if text.count(SLOT) != 1:
                 raise FactError(
@@ -77,6 +77,13 @@ class RelationData:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def wording(self, number: int) -> str:
+        """One of the templates; RelationError where there are not so many."""
+        name = f"template of relation {self.name!r}"
+        return self.templates[
+            whole_number(number, name, RelationError, least=0, below=len(self.templates))
+        ]
 
     def with_pairs(self, pairs: Iterable[Pair]) -> RelationData:
         """The same relation with other pairs."""
@@ -106,8 +113,7 @@ class RelationData:
                     f"{', '.join(map(repr, row))}. Name the columns: subject=, object="
                 )
             pairs.append(Pair(row[subject], row[object]))
-        wordings = (templates,) if isinstance(templates, str) else tuple(templates)
-        return cls(name, wordings, tuple(pairs))
+        return cls(name, tuple(as_list(templates)), tuple(pairs))
 
 
 def _relation(fields: Fields) -> RelationData:

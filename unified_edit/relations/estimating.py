@@ -67,7 +67,7 @@ def known_pairs(
     """
     parts = anatomy(model)
     encoder = Encoder(tokenizer, parts)
-    prompt = FewShot(data.templates[template], drawn(data, n, seed), separator)
+    prompt = FewShot(data.wording(template), drawn(data, n, seed), separator)
     states = read_states(parts, rows_of(encoder, prompt, [p.subject for p in data.pairs]), [])
     answers = states.answers.tolist()
     known = [p for p, a in zip(data.pairs, answers, strict=True) if says(encoder, a, p.object)]
@@ -105,7 +105,7 @@ def estimate(
     number = whole_number(n, "n", RelationError, least=2, advice="One is asked behind the others")
     parts = anatomy(model)
     encoder = Encoder(tokenizer, parts)
-    prompt = FewShot(data.templates[template], drawn(data, number, seed), separator)
+    prompt = FewShot(data.wording(template), drawn(data, number, seed), separator)
     if unknown == "raise":
         _check_known(parts, encoder, prompt, data.name)
     ((at, (weight, bias)),) = expansions(parts, encoder, prompt, [layer]).items()

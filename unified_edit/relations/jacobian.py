@@ -25,7 +25,7 @@ from unified_edit.relations.states import batch_of, run_prefix
 
 #: Coordinates of o taken back together: on a CPU what they need stays in its caches (at the size of
 #: SmolLM2 half the time of all 576 at once), on a card there is room for them.
-CPU_COORDINATES, COORDINATES = 64, 1024
+CPU_COORDINATES, COORDINATES = 64, 256
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class Lens:
                 dark = self.probabilities[row][place] > 0.5
                 colour = "white" if dark else "black"
                 axes.text(place, row, word.strip(), ha="center", va="center", color=colour, size=8)
+        axes.grid(False)
         axes.set_xticks(range(len(self.tokens)), [token.strip() for token in self.tokens])
         axes.tick_params(axis="x", rotation=45)
         axes.set_yticks(range(len(self.layers)), [str(layer) for layer in self.layers])

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_list, as_path, real_number, whole_number
 from unified_edit.errors import FactError, RelationError, RelationFileError
+from unified_edit.facts.facts import clean_text
 from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
 from unified_edit.model.prompts import Encoder
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.relations.data import Pair
 from unified_edit.relations.inverse import low_rank_inverse
 from unified_edit.relations.lens import Lens, read_lens
-from unified_edit.relations.prompts import FewShot, rows_of
+from unified_edit.relations.prompts import FewShot, enough, rows_of
 from unified_edit.relations.states import log_probabilities_of, outputs_with, read_states
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Relation:
         import pandas as pd
 
         parts, encoder, given = self._opened(model, tokenizer, subjects)
+        enough(given, 1, "subjects", "this call")
         states = read_states(parts, rows_of(encoder, self.prompt, given), [self.layer])
         logp = log_probabilities_of(parts, self.outputs(states.s[self.layer]))
         top, tokens = logp.max(-1)
@@ -123,6 +125,7 @@ class Relation:
             raise RelationError(
                 f"{len(given)} subjects are to be like {len(others)} others; give one for each"
             )
+        enough(given, 1, "subjects", "this call")
         rows = rows_of(encoder, self.prompt, given)
         here = read_states(parts, rows, [])
         there = read_states(parts, rows_of(encoder, self.prompt, others), [])
@@ -204,4 +207,5 @@ class Relation:
                 f"{self.layer}; this model has states of {parts.width} and blocks "
                 f"0..{parts.n_layers - 1}: it belongs to another model"
             )
-        return parts, Encoder(tokenizer, parts), [str(one) for one in as_list(subjects)]
+        given = [clean_text(one, "a subject", self.name) for one in as_list(subjects)]
+        return parts, Encoder(tokenizer, parts), given

@@ -97,7 +97,7 @@ def cross_validate(
         ),
         whole_number(n, "n", RelationError, least=2),
         whole_number(seed, "seed", RelationError),
-        data.templates[template],
+        data.wording(template),
         separator,
     )
     known = known_pairs(

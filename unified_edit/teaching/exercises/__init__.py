@@ -82,6 +82,7 @@ __all__ = [
     "check_move",
     "check_next_batch",
     "check_noise_scale",
+    "check_object_state",
     "check_objective_errors",
     "check_one_more",
     "check_overlap",
