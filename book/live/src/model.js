@@ -37,7 +37,9 @@ export class Model {
       W.set(tensor(name));
       return { W, T: transposed(W, rows, columns, kernel.room(rows * columns)) };
     };
-    ({ W: this.words, T: this.wordsT } = bothWays("transformer.wte.weight", vocabulary, d));
+    const table = bothWays("transformer.wte.weight", vocabulary, d);
+    this.words = table.W;
+    this.wordsT = table.T;
     this.places = tensor("transformer.wpe.weight");
     this.gain = tensor("transformer.ln_f.weight");
     this.shift = tensor("transformer.ln_f.bias");
@@ -254,13 +256,17 @@ export class Model {
    * left rightᵀ (d x inner), added up in double precision and rounded once, as the library does.
    * @param {number} layer @param {{left: ArrayLike<number>, right: ArrayLike<number>}[]} updates */
   rewrite(layer, updates) {
-    const { W, T, from, to } = this.blocks[layer].down;
-    this.base ??= T.slice();
+    const { W, T, from, to } = this.blocks[layer].down, base = this.baseOf(layer);
     for (let j = 0; j < to; j++) for (let i = 0; i < from; i++) {
-      let sum = this.base[j * from + i];
+      let sum = base[j * from + i];
       for (const one of updates) sum += one.left[j] * one.right[i];
       T[j * from + i] = sum;
       W[i * to + j] = T[j * from + i];
     }
+  }
+
+  /** The weight that is edited as it was before all edits (d x inner). @param {number} layer */
+  baseOf(layer) {
+    return (this.base ??= this.blocks[layer].down.T.slice());
   }
 }

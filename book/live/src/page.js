@@ -1,0 +1,2 @@
+/** placeholder */
+console.log(WORKER.length, KERNEL.length);
