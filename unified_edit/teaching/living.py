@@ -12,7 +12,8 @@ import base64
 import json
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from html import escape
 from importlib.metadata import version
 from typing import Any
 
@@ -21,10 +22,11 @@ from transformers import PreTrainedModel
 
 from unified_edit.atlas import FOLDER
 from unified_edit.atlas.knowledge import load_knowledge
-from unified_edit.editing import EMMET, Editor
+from unified_edit.editing import EMMET, Edit, Editor
 from unified_edit.model import anatomy
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet, read_last_token
+from unified_edit.model.likelihoods import likelihoods
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics import KeyStatistics, statistics_for
 
@@ -110,6 +112,66 @@ def _rarities(
     return {
         subject: float(f"{float(one):.5g}") for subject, one in zip(subjects, found, strict=True)
     }
+
+
+@dataclass(frozen=True, repr=False)
+class Living:
+    """Something that a page brings to life: until the reader asks for it, what stands in it.
+
+    kind: what it becomes (`book/live/src`). inside: HTML, which is all there is without a script and
+    in print. invitation: the words of its button.
+    """
+
+    kind: str
+    inside: str
+    invitation: str = "Try it here"
+
+    def __repr__(self) -> str:
+        return f"Living({self.kind!r})"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<div class="living" data-living="{self.kind}" '
+            f'data-invitation="{escape(self.invitation)}">'
+            f'<div class="living-baked">{self.inside}</div></div>'
+        )
+
+
+def example(
+    model: PreTrainedModel, tokenizer: Tokenizer, edit: Edit, others: Sequence[tuple[str, str]] = ()
+) -> Living:
+    """What an edit that is in force did, as a page shows it before it is alive.
+
+    others: (prompt, word) pairs; how likely the word is, before and now, stands beside each.
+    """
+    encoder, parts = Encoder(tokenizer, anatomy(model)), anatomy(model)
+    fact = edit.facts[0]
+    rows = encoder.continuations([(fact.text, fact.target_new), *others])
+    with quiet(model):
+        now = [found.probability for found in likelihoods(parts, rows)]
+        edit.undo()
+        try:
+            before = [found.probability for found in likelihoods(parts, rows)]
+        finally:
+            edit.apply()
+    texts = [(fact.text, fact.target_new), *others]
+    lines = "".join(
+        f"<tr><td>{escape(text)} …</td><td>{escape(word)}</td>"
+        f"<td>{was:.2f} → {now_:.2f}</td></tr>"
+        for (text, word), was, now_ in zip(texts, before, now, strict=True)
+    )
+    [update] = edit.updates.values()
+    return Living(
+        "edit",
+        f"<p>Here is one edit that the library made: <em>{escape(fact.text)}</em> "
+        f"<strong>{escape(fact.target_new)}</strong>.</p>"
+        '<table class="living-table"><thead><tr><th scope="col">sentence</th>'
+        '<th scope="col">next word</th><th scope="col">probability, before → now</th></tr></thead>'
+        f"<tbody>{lines}</tbody></table><p>One matrix was changed, by a Δ of length "
+        f"{float(update.delta.norm()):.1f} that costs "
+        f"{update.diagnosis.preservation_error:.1f}.</p>",
+        invitation="Edit a fact yourself",
+    )
 
 
 def scripts(data: bytes) -> Iterator[str]:

@@ -145,7 +145,12 @@ export class Session {
   /** Take an edit out, whichever came after it. @param {number} id */
   undo(id) {
     this.known(id);
-    this.edits = this.edits.filter((one) => one.id !== id);
+    this.keepOnly(this.edits.filter((one) => one.id !== id));
+  }
+
+  /** Exactly these edits are in force. @param {Edit[]} edits */
+  keepOnly(edits) {
+    this.edits = edits;
     this.rewrite();
   }
 
@@ -164,7 +169,8 @@ export class Session {
    * roots of both rarities, of which the others' are known. @param {number} id @param {number} many */
   near(id, many = 5) {
     const { to } = this.known(id), rarities = this.about.knowledge.rarities;
-    const subjects = Object.keys(rarities), { n_inner: inner } = this.model.config, found = [];
+    const subjects = Object.keys(rarities), { n_inner: inner } = this.model.config;
+    const found = /** @type {{subject: string, cosine: number}[]} */ ([]);
     for (let first = 0; first < subjects.length; first += 64) {
       const some = subjects.slice(first, first + 64);
       const tokens = some.map((subject) => this.tokenizer.encode(subject).ids);
@@ -196,8 +202,58 @@ export class Session {
     return key;
   }
 
-  /** @param {string} text */
-  rarity(text) {
-    return norm(whitened(this.factor, this.keyOf(text))) ** 2;
+  /** How rare the key of each token of a text is: kᵀ C0⁻¹ k. @param {string} text */
+  rarities(text) {
+    const { n_inner: inner } = this.model.config, { ids, spans } = this.tokenizer.encode(text);
+    const keys = /** @type {Float64Array[]} */ ([]);
+    this.read(text, (layer, what, X) => {
+      if (layer !== this.recipe.layer || what !== "key") return;
+      ids.forEach((_, t) => keys.push(Float64Array.from(X.subarray(t * inner, (t + 1) * inner))));
+    });
+    return keys.map((key, t) => ({
+      text: text.slice(...spans[t]), rarity: norm(whitened(this.factor, key)) ** 2,
+    }));
   }
+
+  /** Probability of a word when the subject's embeddings are blurred, with one state put back as it
+   * was: that before block `layer` at token `place`. The mean over some draws of the noise.
+   * @param {string} text @param {string} word @param {[number, number]} span the subject's characters
+   * @param {number} noise its standard deviation @param {{layer: number, place: number} | null} back */
+  blurred(text, word, span, noise, back, draws = 4) {
+    const { n_embd: d, n_layer: all } = this.model.config, { ids, spans } = this.tokenizer.encode(text);
+    const id = this.tokenizer.encode(`${text} ${word}`).ids[ids.length];
+    const clean = /** @type {Float32Array[]} */ ([]), pack = this.model.pack([ids]);
+    const start = this.model.embed(pack, [ids]);
+    clean.push(start);
+    this.model.run(pack, start, 0, all, { see: (_, what, X) => what === "stream" && clean.push(X.slice()) });
+    let sum = 0;
+    for (let draw = 0; draw < draws; draw++) {
+      const random = normal(draw + 1);
+      let X = start.slice();
+      spans.forEach(([a, b], t) => {
+        if (a < span[1] && b > span[0]) for (let i = 0; i < d; i++) X[t * d + i] += noise * random();
+      });
+      for (let l = 0; l <= all; l++) {
+        if (back && back.layer === l) {
+          X = X.slice();
+          X.set(clean[l].subarray(back.place * d, (back.place + 1) * d), back.place * d);
+        }
+        if (l < all) X = this.model.run(this.model.pack([ids]), X, l, l + 1, {});
+      }
+      sum += Math.exp(logSoftmax(this.model.logits(X, [ids.length - 1]).logits)[id]);
+    }
+    return sum / draws;
+  }
+}
+
+/** Standard normal numbers, the same for a seed (mulberry32, Box and Muller). @param {number} seed */
+function normal(seed) {
+  let state = seed * 0x9e3779b9;
+  const uniform = () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let x = Math.imul(state ^ (state >>> 15), 1 | state);
+    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
+  };
+  return () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform());
 }

@@ -1,7 +1,7 @@
 /** SHA-256: pages that are opened from a folder have none of the browser's. */
 
 const PRIMES = (() => {
-  const found = [];
+  const found = /** @type {number[]} */ ([]);
   for (let n = 2; found.length < 64; n++) if (found.every((p) => n % p)) found.push(n);
   return found;
 })();

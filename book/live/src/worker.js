@@ -1,7 +1,8 @@
 /** The worker: one session, asked by messages. Each has a number, and gets an answer with it. */
 
+import { edited } from "./file.js";
 import { inWebAssembly } from "./kernel.js";
-import { Refused } from "./rows.js";
+import { Refused, textOf } from "./rows.js";
 import { Session } from "./session.js";
 
 /** @type {Session | undefined} */
@@ -36,6 +37,31 @@ const ready = () => {
   return session;
 };
 
+/** Do something on the model without its edits, if that is asked for.
+ * @template T @param {boolean} base @param {() => T} what @returns {T} */
+function unedited(base, what) {
+  if (!base) return what();
+  const { edits } = ready();
+  ready().keepOnly([]);
+  try {
+    return what();
+  } finally {
+    ready().keepOnly(edits);
+  }
+}
+
+/** @param {Session} session @param {number} id */
+function fileOf(session, id) {
+  const edit = session.known(id), text = textOf(edit.fact), all = session.edits;
+  const [before, after] = [[], [edit]].map((some) => {
+    session.keepOnly(some);
+    return { p: session.probability(text, edit.fact.target), says: session.ask(text, 1)[0].word };
+  });
+  session.keepOnly(all);
+  const likeliest = edit.fact.target.startsWith(after.says);
+  return edited(session, edit, { before: before.p, after: after.p, likeliest, others: all.indexOf(edit) });
+}
+
 /** What can be asked; each gets the message, and `say` for what comes on the way.
  * @type {Record<string, (ask: any, say: (news: object) => void) => any>} */
 const answers = {
@@ -52,9 +78,10 @@ const answers = {
   },
   ask: ({ text, many }) => ready().ask(text, many),
   tokens: ({ text }) => ready().tokenizer.encode(text),
-  probabilities: ({ pairs }) => pairs.map((/** @type {[string, string]} */ [text, word]) => ({
-    probability: ready().probability(text, word), first: ready().ask(text, 1)[0],
-  })),
+  probabilities: ({ pairs, base }) => unedited(base, () =>
+    pairs.map((/** @type {[string, string]} */ [text, word]) => ({
+      probability: ready().probability(text, word), first: ready().ask(text, 1)[0],
+    }))),
   edit: ({ fact }, say) => {
     const steps = ready().edit(fact);
     for (;;) {
@@ -66,9 +93,12 @@ const answers = {
   restore: ({ fact, delta, lam }) => shown(ready().restore(fact, delta, lam)),
   soften: ({ id, lam }) => shown(ready().soften(id, lam)),
   undo: ({ id }) => ready().undo(id),
-  lens: ({ text, word }) => ready().lens(text, word),
-  near: ({ id, subjects, many }) => ready().near(id, subjects, many),
-  rarity: ({ texts }) => texts.map((/** @type {string} */ text) => ready().rarity(text)),
+  lens: ({ text, word, base }) => unedited(base, () => ready().lens(text, word)),
+  near: ({ id, many }) => ready().near(id, many),
+  file: ({ id }) => fileOf(ready(), id),
+  rarities: ({ text }) => ready().rarities(text),
+  blurred: ({ text, word, span, noise, back }) => ready().blurred(text, word, span, noise, back),
+  reset: () => ready().keepOnly([]),
 };
 
 self.onmessage = async ({ data }) => {
