@@ -156,8 +156,7 @@ def example(
             edit.apply()
     texts = [(fact.text, fact.target_new), *others]
     lines = "".join(
-        f"<tr><td>{escape(text)} …</td><td>{escape(word)}</td>"
-        f"<td>{was:.2f} → {now_:.2f}</td></tr>"
+        f"<tr><td>{escape(text)} …</td><td>{escape(word)}</td><td>{was:.2f} → {now_:.2f}</td></tr>"
         for (text, word), was, now_ in zip(texts, before, now, strict=True)
     )
     [update] = edit.updates.values()

@@ -229,7 +229,7 @@ export class Session {
     let sum = 0;
     for (let draw = 0; draw < draws; draw++) {
       const random = normal(draw + 1);
-      let X = start.slice();
+      let X = /** @type {Float32Array} */ (start.slice());
       spans.forEach(([a, b], t) => {
         if (a < span[1] && b > span[0]) for (let i = 0; i < d; i++) X[t * d + i] += noise * random();
       });
