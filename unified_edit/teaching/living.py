@@ -1,9 +1,9 @@
 """atlas as the living page takes it: its weights, the factor of C0, its tokenizer, what it knows.
 
-One run of bytes: the length of a description in JSON (four bytes, little end first), the description,
-the weights in half precision as they are stored, and the lower triangle of L, row by row, in single
-precision. A page that is opened from a folder may load scripts and nothing else, so `scripts` cuts
-the bytes into pieces that are scripts.
+One run of bytes: the length of a description in JSON (four bytes, little end first), that
+description, the weights in half precision as they are stored, and the lower triangle of L, row by
+row, in single precision. A page that is opened from a folder may load scripts and nothing else, so
+`scripts` cuts the bytes into pieces that are scripts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import base64
 import json
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from unified_edit.atlas import FOLDER
 from unified_edit.atlas.knowledge import load_knowledge
 from unified_edit.editing import EMMET, Edit, Editor
+from unified_edit.facts import Fact
 from unified_edit.model import anatomy
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet, read_last_token
@@ -41,8 +42,8 @@ def packed(model: PreTrainedModel, tokenizer: Tokenizer) -> bytes:
 
     The description holds config, tensors ({name: [first byte, entries]} behind the description, of
     half precision), factor (the same, single precision), tokenizer (vocabulary and merges),
-    prefixes, recipe (EMMET's for atlas), knowledge (triples and wordings) and what a file of an edit
-    is to say (file).
+    prefixes, recipe (EMMET's for atlas), knowledge (triples and wordings) and what a file of an
+    edit is to say (file).
     """
     method = EMMET.resolve(anatomy(model))
     assert method.layers is not None
@@ -118,23 +119,22 @@ def _rarities(
 class Living:
     """Something that a page brings to life: until the reader asks for it, what stands in it.
 
-    kind: what it becomes (`book/live/src`). inside: HTML, which is all there is without a script and
-    in print. invitation: the words of its button.
+    kind: what it becomes (`book/live/src`). inside: HTML, which is all there is without a script
+    and in print. invitation: the words of its button. data: what it is about, by name.
     """
 
     kind: str
     inside: str
     invitation: str = "Try it here"
+    data: Mapping[str, str | float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Living({self.kind!r})"
 
     def _repr_html_(self) -> str:
-        return (
-            f'<div class="living" data-living="{self.kind}" '
-            f'data-invitation="{escape(self.invitation)}">'
-            f'<div class="living-baked">{self.inside}</div></div>'
-        )
+        about = {"living": self.kind, "invitation": self.invitation, **self.data}
+        given = " ".join(f'data-{name}="{escape(str(value))}"' for name, value in about.items())
+        return f'<div class="living" {given}><div class="living-baked">{self.inside}</div></div>'
 
 
 def example(
@@ -171,6 +171,21 @@ def example(
         f"{update.diagnosis.preservation_error:.1f}.</p>",
         invitation="Edit a fact yourself",
     )
+
+
+def restoring(fact: Fact, noise: float) -> Living:
+    """Blur the subject of a fact that the model knows, put one state back, and see it answer.
+
+    noise: its standard deviation, that of embeddings times a factor (:eq:`locate-corruption`).
+    """
+    said = f"<p><em>{escape(fact.text)}</em> <strong>{escape(fact.target_true or '')}</strong></p>"
+    data = {
+        "text": fact.text,
+        "subject": fact.subject,
+        "word": fact.target_true or "",
+        "noise": float(f"{float(noise):.3g}"),
+    }
+    return Living("restoring", said, "Put one state back yourself", data)
 
 
 def scripts(data: bytes) -> Iterator[str]:
