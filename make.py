@@ -221,7 +221,7 @@ def book(python: Path, model: str = MODEL) -> None:
     folder = folder_of(model)
     source = folder / "src"
     shutil.rmtree(source, ignore_errors=True)
-    ignored = shutil.ignore_patterns(".*", "_build", "__pycache__")
+    ignored = shutil.ignore_patterns(".*", "_build", "__pycache__", "node_modules")
     shutil.copytree(BOOK, source, ignore=ignored)
     chosen = ONLY.get(model)
     if chosen is not None:

@@ -90,9 +90,11 @@ def test_repository_address_stands_in_one_place() -> None:
 
 def test_book_reads_the_address_from_there() -> None:
     setup = load(ROOT / "book" / "_ext" / "book_setup.py")
-    config = SimpleNamespace(html_theme_options={}, html_js_files=["mathjax/a.js", "own.js"])
+    config = SimpleNamespace(
+        html_theme_options={}, html_js_files=["mathjax/a.js", "living/b.js", "own.js"]
+    )
     setup.set_theme(None, config)
-    setup.leave_mathjax_alone(None, config)
+    setup.leave_some_scripts_alone(None, config)
     assert config.html_theme_options["repository_url"] == PROJECT["urls"]["Repository"]
     assert config.html_js_files == ["own.js"]
     settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 
 #: Extensions beside this file that come with it.
-OTHERS = ("api_docs", "drawing", "executed_with", "recall")
+OTHERS = ("api_docs", "drawing", "executed_with", "living", "recall")
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
@@ -26,9 +26,10 @@ def set_theme(app: Sphinx, config: Config) -> None:
     config.release = config.version = project["version"]
 
 
-def leave_mathjax_alone(app: Sphinx, config: Config) -> None:
-    """Jupyter Book puts every script below `_static` into every page; MathJax loads its own."""
-    scripts = [name for name in config.html_js_files if not str(name).startswith("mathjax/")]
+def leave_some_scripts_alone(app: Sphinx, config: Config) -> None:
+    """Jupyter Book puts every script below `_static` into every page; these come where needed."""
+    apart = ("mathjax/", "living/")
+    scripts = [name for name in config.html_js_files if not str(name).startswith(apart)]
     config.html_js_files = scripts
 
 
@@ -56,5 +57,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
         app.setup_extension(extension)
     app.connect("html-page-context", mend_page, priority=900)
     app.connect("config-inited", set_theme)
-    app.connect("config-inited", leave_mathjax_alone)
+    app.connect("config-inited", leave_some_scripts_alone)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
