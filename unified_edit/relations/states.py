@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from unified_edit.editing.prepared import fresh
 from unified_edit.errors import RelationError
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import batches_by_length, left_padded
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, quiet, stubbed
+from unified_edit.model.packed import PrefixCache
 from unified_edit.model.prompts import Row
 from unified_edit.relations.prompts import Asked
 
@@ -72,7 +72,7 @@ class Batch:
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
-            past_key_values=fresh(cache),
+            past_key_values=PrefixCache(cache),
             use_cache=True,
             **PLAIN_OUTPUT,
         )

@@ -216,10 +216,9 @@ class KeyStatistics:
         """
         parts = anatomy(model)
         counts = {"max_tokens": max_tokens, "batch_tokens": batch_tokens, "tokens": tokens}
-        counts["max_memory"] = max_memory
         whole = {
             name: whole_number(number, name, StatisticsError, least=1)
-            for name, number in counts.items()
+            for name, number in {**counts, "max_memory": max_memory}.items()
             if number is not None
         }
         if not is_flag(skip_start):
