@@ -267,7 +267,7 @@ FAULTS = (
           "        self.often += there\n",
           "        self.often += there if bool(there.any()) else 0\n", TOGETHER),
     Fault("memory that runs out ends it", "editing/sizes.py",
-          "if len(batch) == 1:", "if len(batch) >= 1:", TOGETHER),
+          "if len(batch) == 1 or not", "if len(batch) >= 1 or not", TOGETHER),
     Fault("keys not recomputed at later layers", "editing/layer_loop.py",
           "keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]",
           "keys = first_keys", WHOLE),

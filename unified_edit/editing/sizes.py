@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from unified_edit.model.anatomy import Anatomy
+from unified_edit.model.devices import free_bytes, free_cached, is_out_of_memory
 from unified_edit.model.prompts import Row
 
 log = logging.getLogger(__name__)
@@ -64,23 +62,10 @@ def _bytes(parts: Anatomy, rows: Sequence[Row], layer: int) -> int:
     return of_blocks + of_prefixes + of_head
 
 
-def free_bytes(device: torch.device) -> float:
-    """Bytes that are free on a device; without end where nothing says how many."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(free + unused)
-    try:
-        import psutil  # an extra of this library
-    except ImportError:
-        return math.inf
-    return float(psutil.virtual_memory().available) if device.type == "cpu" else math.inf
-
-
 def halved(batches: Iterable[list[int]], job: Callable[[list[int]], None]) -> None:
     """Do `job` for each batch; where memory runs out, for its halves one after the other.
 
-    Raises what the job raises, and torch.OutOfMemoryError for a batch of one.
+    Raises what the job raises, and what says that memory ran out for a batch of one.
     """
     waiting = deque(batches)
     while waiting:
@@ -91,17 +76,15 @@ def halved(batches: Iterable[list[int]], job: Callable[[list[int]], None]) -> No
             log.warning(
                 "memory ran out with %d values at a time; going on with %d", len(batch), middle
             )
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_cached()
 
 
 def _fits(batch: list[int], job: Callable[[list[int]], None]) -> bool:
     """Whether the job was done; the frames that hold what filled the memory are gone then."""
     try:
         job(batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
+    except (RuntimeError, MemoryError) as problem:
+        if len(batch) == 1 or not is_out_of_memory(problem):
             raise
         return False
     return True

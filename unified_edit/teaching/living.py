@@ -179,7 +179,7 @@ def restoring(fact: Fact, noise: float) -> Living:
     noise: its standard deviation, that of embeddings times a factor (:eq:`locate-corruption`).
     """
     said = f"<p><em>{escape(fact.text)}</em> <strong>{escape(fact.target_true or '')}</strong></p>"
-    data = {
+    data: dict[str, str | float] = {
         "text": fact.text,
         "subject": fact.subject,
         "word": fact.target_true or "",
