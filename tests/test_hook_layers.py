@@ -361,10 +361,14 @@ def test_false_opens_and_misses(written, tiny_texts) -> None:
     table = hooks.gates(tiny_texts[1::2])
     others = table[~table["subject"]]
     assert found.tokens == len(others) // len(hooks.layers) > 500
+    below = 0.0
     for layer in hooks.layers:
         share = others[others["layer"] == layer]["open"].mean()
         assert found.share[layer] == pytest.approx(share)
-        assert share <= 3 * Q  # q, and the chance of some six hundred tokens
+        # q, and the chance of some nine hundred tokens; where a lower layer opens, the key up here
+        # is another one than the threshold was made for
+        assert share - below <= 3 * Q
+        below += share
     asked = [f"I walked back. {fact.text}" for fact in FACTS]
     missed, table = hooks.misses(asked), hooks.gates(asked)
     named = table[table["subject"]]

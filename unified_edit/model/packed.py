@@ -314,6 +314,11 @@ def logits_behind(parts: Anatomy, hidden: Tensor, as_tuple: bool) -> Tensor:
     nothing = hidden.new_zeros(()).expand(len(hidden), 1, width)
     # with a cache, though an empty one, no mask looks into positions, which waits for the device
     given = {"inputs_embeds": nothing, "past_key_values": PrefixCache([]), "use_cache": True}
-    with stubbed(list(parts.blocks), hidden[:, None], as_tuple):
-        logits: Tensor = parts.model(**given, **PLAIN_OUTPUT).logits
+    config = parts.model.config
+    asked, config.return_dict = config.return_dict, True  # the body inside is not told otherwise
+    try:
+        with stubbed(list(parts.blocks), hidden[:, None], as_tuple):
+            logits: Tensor = parts.model(**given, **PLAIN_OUTPUT).logits
+    finally:
+        config.return_dict = asked
     return logits[:, 0]
