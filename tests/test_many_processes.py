@@ -161,7 +161,7 @@ def many(place, alone):
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     ended = subprocess.run(
         [*program, PROGRAM, json.dumps({"given": told, "dies": [1, 4]})],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr
@@ -178,7 +178,7 @@ def many(place, alone):
     ]
     done = subprocess.run(
         [sys.executable, PROGRAM, json.dumps(rounds)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, timeout=300,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, timeout=1200,
     )  # fmt: skip
     assert json.loads(done.stdout) == [True, False, False, False, True, False, True]
     return place

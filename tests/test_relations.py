@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import reference_relations as reference
 import torch
@@ -422,6 +423,7 @@ def test_the_lens_reads_every_token_at_every_block(gpt2: Any, tiny_tokenizer: An
         t.strip() for t in lens.tokens
     ]
     assert len(axes.texts) == len(table)
+    plt.close(axes.figure)
 
 
 # --- data -----------------------------------------------------------------------------------------
