@@ -181,7 +181,8 @@ def gives_tuples(parts: Anatomy) -> bool:
     first = parts.blocks[0]
     token = torch.zeros(1, 1, dtype=torch.long, device=parts.model.device)
     with noticing_tuples(first) as returned, captured({"": (first, "output")}):
-        parts.model.base_model(input_ids=token, use_cache=False, **PLAIN_OUTPUT)
+        given = {"input_ids": token, "attention_mask": torch.ones_like(token)}
+        parts.model.base_model(**given, use_cache=False, **PLAIN_OUTPUT)
     return returned[0]
 
 
