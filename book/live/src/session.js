@@ -93,7 +93,7 @@ export class Session {
    * @param {import("./rows.js").Fact} fact @returns {Generator<import("./values.js").Step, Edit>} */
   *edit(fact) {
     const began = performance.now(), losses = [];
-    if (this.probability(textOf(fact), fact.target) > 0.99) {
+    if (this.probability(textOf(fact), fact.target) > 0.9) {
       throw new Refused(`The model says "${fact.target}" already. Choose another new object.`);
     }
     const ready = this.prepared(fact), steps = optimised(this.model, ready, this.recipe);
