@@ -11,7 +11,8 @@ processes is done in this process, as torchrun starts it.
 
     dies: [rank, n]   this one kills itself with its n-th file half written, when all others, for
                       whom their n-th takes very long, have come so far
-    after: seconds    all are killed so long after the first of them began to work
+    moment: n         each kills itself at its n-th step in the folder: before it opens, moves,
+                      links or deletes something there; one that needs fewer comes to its end
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import unified_edit as ue
 from unified_edit.model import tensor_files
+
+#: What Python tells of a step in a folder (its audit events).
+STEPS = {"open", "os.rename", "os.link", "os.remove"}
 
 
 def stop_at(number: int, folder: Path, processes: int, *, dies: bool) -> None:
@@ -40,20 +45,40 @@ def stop_at(number: int, folder: Path, processes: int, *, dies: bool) -> None:
             os.truncate(path, Path(path).stat().st_size // 2)
             while not dies or len(list(folder.glob("pieces/*/[!.]*"))) < processes * (number - 1):
                 time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
     tensor_files.save_file = save_file
 
 
-def work(given: dict[str, Any], dies: list[int] | None) -> None:
+def at_step(number: int, folder: Path, then: Callable[[], None]) -> None:
+    """Have something done before the n-th step of this process in a folder."""
+    steps = 0
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal steps
+        if event in STEPS and str(arguments[0]).startswith(str(folder)):
+            steps += 1
+            if steps == number:
+                then()
+
+    sys.addaudithook(heard)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(given: dict[str, Any], dies: list[int] | None = None, moment: int | None = None) -> None:
     """One process of the run."""
+    if moment:
+        at_step(moment, Path(given["folder"]), kill)
     if dies:
         rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         stop_at(dies[1], Path(given["folder"]), processes, dies=rank == dies[0])
     ue.run(**{**given, "method": ue.Method.from_dict(given["method"])})
 
 
-def fork(given: dict[str, Any], rank: int, processes: int, dies: list[int] | None) -> int:
+def fork(rank: int, processes: int, told: dict[str, Any]) -> int:
     """The number of a new process."""
     pid = os.fork()
     if pid:
@@ -61,31 +86,22 @@ def fork(given: dict[str, Any], rank: int, processes: int, dies: list[int] | Non
     code = 1
     try:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
-        work(given, dies)
+        work(**told)
         code = 0
     finally:
         os._exit(code)
 
 
-def begun(folder: Path) -> set[Path]:
-    return set(folder.glob("workers/*.json"))
-
-
-def round_of(given: dict[str, Any], processes: int, dies: Any = None, after: Any = None) -> bool:
+def round_of(processes: int, **told: Any) -> bool:
     """Whether all processes of a round have come to their end."""
-    before = begun(Path(given["folder"]))
-    pids = {fork(given, rank, processes, dies) for rank in range(processes)}
-    if after is not None:
-        while begun(Path(given["folder"])) == before:
-            time.sleep(0.01)
-        time.sleep(after)
-    well = after is None
+    pids = {fork(rank, processes, told) for rank in range(processes)}
+    well = True
     while pids:
-        if not well:
-            for pid in pids:
-                os.kill(pid, signal.SIGKILL)
         pid, status = os.wait()
         pids.discard(pid)
+        if status and "moment" not in told:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
         well = well and status == 0
     return well
 
@@ -95,4 +111,4 @@ if __name__ == "__main__":
     if isinstance(job, list):
         print(json.dumps([round_of(**one) for one in job]))
     else:
-        work(job["given"], job.get("dies"))
+        work(**job)

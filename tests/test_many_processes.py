@@ -50,6 +50,8 @@ METHOD = ue.MEMIT.replace(
 )
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = str(ROOT / "tests" / "forked_runs.py")
+#: Fewer than what each of two processes takes to do its half of the run.
+STEPS = 70
 #: One thread: a sum over two is another one in its last bits.
 ENVIRONMENT = {
     **os.environ,
@@ -161,14 +163,14 @@ def many(place, alone):
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     ended = subprocess.run(
         [*program, PROGRAM, json.dumps({"given": told, "dies": [1, 4]})],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=1200,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr
     shutil.copytree(place / "torchrun", place / "copy")
     shares = as_json(of_texts(place, place / "shares"), place)
-    moments = random.Random(0)
-    killed = [{"processes": 2, "after": moments.uniform(0, 0.3)} for _ in range(3)]
+    moments = sorted(random.Random(0).sample(range(1, STEPS), 3))
+    killed = [{"processes": 2, "moment": moment} for moment in moments]
     rounds = [
         {"given": {**told, "folder": str(place / "copy")}, "processes": 3},
         *({"given": {**told, "folder": str(place / "killed")}, **one} for one in killed),
@@ -178,9 +180,12 @@ def many(place, alone):
     ]
     done = subprocess.run(
         [sys.executable, PROGRAM, json.dumps(rounds)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, timeout=1200,
+        env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True, timeout=400,
     )  # fmt: skip
-    assert json.loads(done.stdout) == [True, False, False, False, True, False, True]
+    went_on, *killed, at_last, one_died, summed = json.loads(done.stdout)
+    assert went_on and at_last and summed
+    assert not one_died
+    assert not killed[0]  # the next ones may find less to do than they have steps
     return place
 
 
@@ -203,7 +208,8 @@ def test_other_numbers_of_processes_compute_what_is_missing(many, alone):
         assert kept(one).items() >= before.items()
         assert kept(one).keys() == kept(alone.folder).keys()
         assert sum(sign["pieces"].get("values", 0) for sign in signs(one)) == 2 + 3
-    assert sorted(sign["processes"] for sign in signs(copy)) == [2, 2, 3, 3, 3]
+    # of the three, one that comes late finds all done and has nothing to say
+    assert {sign["processes"] for sign in signs(copy)} == {2, 3}
     assert sorted(sign["processes"] for sign in signs(folder)) == [1, 2, 2]
 
 
