@@ -16,7 +16,8 @@ from transformers.activations import NewGELUActivation
 
 from unified_edit.errors import ModelError
 from unified_edit.model import Encoder, anatomy, beginnings, likelihoods, next_token
-from unified_edit.model.beginnings import even_batches, hosts, one_kernel, shared
+from unified_edit.model.beginnings import even_batches, hosts, shared
+from unified_edit.model.hooks import one_kernel
 
 Ids = tuple[int, ...]
 
@@ -213,7 +214,7 @@ def test_memory_that_runs_out_costs_time_only(
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(model.base_model, "forward", none)
-    with pytest.raises(ModelError, match="one text at a time"):
+    with pytest.raises(ModelError, match="even for one at a time"):
         likelihoods(parts, asked)
 
 

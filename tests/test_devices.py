@@ -144,7 +144,7 @@ def test_a_single_text_that_does_not_fit_is_an_error() -> None:
     def run(part):
         raise OUT[0]
 
-    with pytest.raises(ModelError, match="even for one text at a time"):
+    with pytest.raises(ModelError, match="even for one at a time"):
         list(halving(run, [[1, 2, 3]]))
 
 

@@ -21,7 +21,7 @@ from test_families import TINY, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import unified_edit as ue
-from unified_edit.errors import StatisticsError, StatisticsFileError
+from unified_edit.errors import ModelError, StatisticsError, StatisticsFileError
 from unified_edit.model import anatomy
 from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.tensor_files import write_safetensors
@@ -127,7 +127,7 @@ def test_a_batch_that_memory_does_not_suffice_for_is_run_in_two(
     assert found.source == whole.source
     assert apart(found, whole, 2) < 1e-6
     monkeypatch.setattr(forwards, "left_padded", lambda *given: scarce(*given, most=0))
-    with pytest.raises(StatisticsError, match=r"not enough memory for one text.*max_tokens"):
+    with pytest.raises(ModelError, match=r"even for one at a time.*shorter texts"):
         made()
 
 

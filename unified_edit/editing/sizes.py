@@ -1,17 +1,13 @@
-"""How many values are optimised together: as many as fit, fewer where memory runs out."""
+"""How many values are optimised together: as many as fit."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.devices import free_bytes, free_cached, is_out_of_memory
+from unified_edit.model.devices import free_bytes
 from unified_edit.model.prompts import Row
-
-log = logging.getLogger(__name__)
 
 #: Tokens of one step on a CPU, without padding: more do not make products any faster, and what a
 #: step hands from block to block leaves the processor's caches.
@@ -60,31 +56,3 @@ def _bytes(parts: Anatomy, rows: Sequence[Row], layer: int) -> int:
     of_prefixes = 4 * weight.d_out * size * padded * above
     of_head = read * parts.vocabulary * (2 * size + 3 * max(size, 4))
     return of_blocks + of_prefixes + of_head
-
-
-def halved(batches: Iterable[list[int]], job: Callable[[list[int]], None]) -> None:
-    """Do `job` for each batch; where memory runs out, for its halves one after the other.
-
-    Raises what the job raises, and what says that memory ran out for a batch of one.
-    """
-    waiting = deque(batches)
-    while waiting:
-        batch = waiting.popleft()
-        if not _fits(batch, job):
-            middle = (len(batch) + 1) // 2
-            waiting.extendleft([batch[middle:], batch[:middle]])
-            log.warning(
-                "memory ran out with %d values at a time; going on with %d", len(batch), middle
-            )
-            free_cached()
-
-
-def _fits(batch: list[int], job: Callable[[list[int]], None]) -> bool:
-    """Whether the job was done; the frames that hold what filled the memory are gone then."""
-    try:
-        job(batch)
-    except (RuntimeError, MemoryError) as problem:
-        if len(batch) == 1 or not is_out_of_memory(problem):
-            raise
-        return False
-    return True

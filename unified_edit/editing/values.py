@@ -36,10 +36,11 @@ from unified_edit.editing.descent import descend
 from unified_edit.editing.keys import SITES, column_means, values_at
 from unified_edit.editing.methods import Method
 from unified_edit.editing.prepared import prepare
-from unified_edit.editing.sizes import batches_that_fit, halved
+from unified_edit.editing.sizes import batches_that_fit
 from unified_edit.errors import FactError
 from unified_edit.facts import Fact, members_of
 from unified_edit.model.anatomy import Anatomy
+from unified_edit.model.devices import halving
 from unified_edit.model.hooks import quiet
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import FactRows
@@ -137,8 +138,7 @@ def compute_values(
     columns: for each fact the number of its value, from 0, where some share one: the KL term is
         then read behind the subject as the first of them writes it. Without it, each has its own.
 
-    Raises EditError if a loss is not finite, and torch.OutOfMemoryError if a single value does not
-    fit.
+    Raises EditError if a loss is not finite, and ModelError if a single value does not fit.
     """
     layer, facts = method.value_layer, rows.facts
     columns = tuple(columns) or tuple(range(len(facts)))
@@ -162,7 +162,8 @@ def compute_values(
     with torch.inference_mode(False), quiet(parts.model), bar:
         delta = torch.zeros(width, len(members), dtype=torch.float64)
         init = torch.zeros_like(delta)
-        halved(batches_that_fit(parts, texts, layer), optimise)
+        for _ in halving(optimise, batches_that_fit(parts, texts, layer)):
+            pass
         if method.norm_anchor:
             outputs = column_means(values_at(parts, rows, layer, SITES["mlp"]), columns)
             gain = parts.gain(layer, method.site(parts, layer))

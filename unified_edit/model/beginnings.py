@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from heapq import heappop, heappush
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -20,14 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache
-from transformers.activations import NewGELUActivation
 
 from unified_edit.model.anatomy import Anatomy
 from unified_edit.model.batching import left_padded
 from unified_edit.model.devices import halving, tokens_that_fit
-from unified_edit.model.hooks import PLAIN_OUTPUT, own_forward
+from unified_edit.model.hooks import PLAIN_OUTPUT, one_kernel
 
 Ids = tuple[int, ...]
 
@@ -230,21 +226,6 @@ def _body(parts: Anatomy, inputs: dict[str, Tensor], cache: DynamicCache | None 
         return parts.model.base_model(
             **inputs, past_key_values=cache, use_cache=cache is not None, **PLAIN_OUTPUT
         ).last_hidden_state
-
-
-@contextmanager
-def one_kernel(modules: nn.Module) -> Iterator[None]:
-    """Inside, activations that are written out in eight steps are computed by one, in this thread.
-
-    Those of GPT-2 and GPT-J take as long on a CPU as one of the two products beside them. It is the
-    same function; of a float32 the last two bits may differ.
-    """
-    fused = partial(functional.gelu, approximate="tanh")
-    with ExitStack() as stack:
-        for module in modules.modules():
-            if type(module) is NewGELUActivation:
-                stack.enter_context(own_forward(module, fused))
-        yield
 
 
 def _right_padded(rows: Sequence[tuple[Ids, int]], device: torch.device) -> dict[str, Tensor]:

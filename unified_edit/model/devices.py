@@ -136,9 +136,9 @@ def halving(
                     raise
                 if size == 1:
                     raise ModelError(
-                        f"there is no memory left even for one text at a time ({problem}). Free "
-                        "some, load the model in a shorter type (dtype='bfloat16'), or take a "
-                        "larger device"
+                        f"there is no memory left even for one at a time ({problem}). Free some, "
+                        "give shorter texts, load the model in a shorter type (dtype='bfloat16'), "
+                        "or take a larger device"
                     ) from problem
                 fitted = False
             if fitted:
@@ -148,7 +148,7 @@ def halving(
             # only out here does the failed call's traceback hold its tensors no more
             free_cached()
             parts *= 2
-            log.warning("out of memory with %d texts at a time; going on with halves", size)
+            log.warning("out of memory with %d at a time; going on with halves", size)
 
 
 def free_cached() -> None:

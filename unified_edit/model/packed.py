@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from transformers import DynamicCache
-from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from unified_edit.model.anatomy import Anatomy
@@ -28,6 +26,7 @@ from unified_edit.model.hooks import (
     captured,
     hidden_of,
     noticing_tuples,
+    one_kernel,
     own_forward,
     stubbed,
 )
@@ -274,11 +273,7 @@ def _unpad(stack: ExitStack, parts: Anatomy, layer: int, packing: Packing) -> No
         if isinstance(module, nn.Linear | Conv1D):
             usual = partial(inside.projection, module.forward)
             stack.enter_context(own_forward(module, usual))
-    for module in parts.blocks[layer].modules():
-        # the same function by one kernel instead of eight
-        if isinstance(module, NewGELUActivation):
-            fused = partial(functional.gelu, approximate="tanh")
-            stack.enter_context(own_forward(module, fused))
+    stack.enter_context(one_kernel(parts.blocks[layer]))
 
 
 class _Inside:

@@ -6,20 +6,16 @@ the longest to the shortest, and go to the two halves of the sums in turn, so th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.batching import batches_by_length, forward_tokens, left_padded
+from unified_edit.model.devices import halving
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.statistics.sums import Sums
-
-log = logging.getLogger(__name__)
 
 Weigh = Callable[[Anatomy, NamedWeight, Tensor], Tensor]
 
@@ -64,60 +60,42 @@ def add_group(
     weigh: Weigh,
 ) -> None:
     """Add the keys of the group with this number to the sums; those set aside are of the first."""
-    run = _Group(parts, weights, sums, sums.aside if number == 0 else 0, skip_start, weigh)
-    first = number
+    most = sums.aside if number == 0 else 0
+    batches = batches_by_length([len(row) for row in rows], batch_tokens)
+    ordered: list[list[int]] = []
+    spans: list[range] = []
+    for batch in batches:
+        spans.append(range(len(ordered), len(ordered) + len(batch)))
+        ordered += [rows[index] for index in batch]
+
+    def run(part: Sequence[int]) -> dict[int, list[Tensor]]:
+        some = [ordered[place] for place in part]
+        aside = max(most - sums.fresh, 0)
+        chosen = places([len(row) for row in some], number + part[0], skip_start, aside)
+        return _keys(parts, weights, some, chosen, weigh)
+
     with torch.no_grad():
-        for batch in batches_by_length([len(row) for row in rows], batch_tokens):
-            run.add([rows[i] for i in batch], first)
-            first += len(batch)
+        for _, keys in halving(run, spans):
+            sums.add(keys)
     sums.settle()
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A group of texts on its way into the sums; `aside` of its keys are set aside."""
-
-    parts: Anatomy
-    weights: Sequence[NamedWeight]
-    sums: Sums
-    aside: int
-    skip_start: bool
-    weigh: Weigh
-
-    def add(self, rows: list[list[int]], first: int) -> None:
-        """Add the keys of one batch; one that memory does not suffice for is run in two."""
-        aside = max(self.aside - self.sums.fresh, 0)
-        chosen = places([len(row) for row in rows], first, self.skip_start, aside)
-        try:
-            keys = self._keys(rows, chosen)
-        except torch.OutOfMemoryError as problem:
-            if len(rows) == 1:
-                raise StatisticsError(
-                    f"there is not enough memory for one text of {len(rows[0])} tokens; give a "
-                    f"smaller max_tokens, or free some: {problem}"
-                ) from problem
-            keys = None
-        if keys is None:  # outside of the handler, which would keep what the forward had made
-            log.info("out of memory with %d texts at a time; half of them are tried", len(rows))
-            torch.cuda.empty_cache()
-            middle = len(rows) // 2
-            self.add(rows[:middle], first)
-            self.add(rows[middle:], first + middle)
-        else:
-            self.sums.add(keys)
-
-    def _keys(self, rows: list[list[int]], chosen: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Keys at the chosen places, for each layer; the forward ends at the deepest of them."""
-        model = self.parts.model
-        inputs = left_padded(rows, model.device)
-        shape = inputs["input_ids"].shape
-        with captured({one.layer: (one.module, "input") for one in self.weights}) as seen:
-            model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
-        keys = {}
-        for one in self.weights:
-            found = per_token(model, seen.pop(one.layer, None), shape, one.module, "input")
-            taken = [found.flatten(0, 1)[some.to(found.device)] for some in chosen]
-            keys[one.layer] = [
-                self.weigh(self.parts, one, some) if len(some) else some for some in taken
-            ]
-        return keys
+def _keys(
+    parts: Anatomy,
+    weights: Sequence[NamedWeight],
+    rows: list[list[int]],
+    chosen: Sequence[Tensor],
+    weigh: Weigh,
+) -> dict[int, list[Tensor]]:
+    """Keys at the chosen places, for each layer; the forward ends at the deepest of them."""
+    model = parts.model
+    inputs = left_padded(rows, model.device)
+    shape = inputs["input_ids"].shape
+    with captured({one.layer: (one.module, "input") for one in weights}) as seen:
+        model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT)
+    keys = {}
+    for one in weights:
+        found = per_token(model, seen.pop(one.layer, None), shape, one.module, "input")
+        taken = [found.flatten(0, 1)[some.to(found.device)] for some in chosen]
+        keys[one.layer] = [weigh(parts, one, some) if len(some) else some for some in taken]
+    return keys
