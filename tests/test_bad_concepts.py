@@ -54,6 +54,10 @@ CONCEPTS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "kept too long": (TokenizationError, "Shorten it", {"concepts": "cat", "preserve": LONG}),
     "erased and kept": (ContradictionError, "at once", {"concepts": "cat", "preserve": "cat"}),
     "in other letters": (ContradictionError, "'CAT'", {"concepts": "cat", "preserve": "CAT"}),
+    "at its beginning": (
+        ContradictionError, "begins with 'cat'",
+        {"concepts": "cat", "preserve": "cat dog", "method": ERASE.replace(preserve_at="all")},
+    ),
     "twice": (FactError, "named twice", {"concepts": ["cat", "dog", "Cat"]}),
     "itself": (FactError, "Name another guide", {"concepts": ["art"], "method": ERASE_STYLE}),
     "kept is empty": (FactError, "concept is empty", {"concepts": "cat", "preserve": [""]}),

@@ -357,6 +357,17 @@ def test_debiasing_several_concepts_in_other_shares(sd: Any, tmp_path: Path) -> 
     assert ConceptEdit.load(tmp_path / "doctor.safetensors").rounds == edit.rounds
 
 
+def test_a_concept_that_was_right_misses_nothing(sd: Any) -> None:
+    classify = shown("mmmm", "mmff", "mmmf", "mmff")
+    balance = Balance(images=4, steps=1, guidance_scale=1.0, rounds=2, tolerance=0.1)
+    edit = debias(
+        sd, ["doctor", "cat"], ["male", "female"], classify, shares=[0.5, 0.5],
+        method=QUICK.replace(balance=balance),
+    )  # fmt: skip
+    assert edit.table.asked[1] == 0
+    assert edit.table.missed[1] < 0.1  # what the other one moves it by, in units of keys
+
+
 def test_rounds_that_run_out_are_told(sd: Any, caplog: pytest.LogCaptureFixture) -> None:
     edit = debias(sd, "doctor", ["male", "female"], shown(*["mmmm"] * 5), method=QUICK)
     assert len(edit.rounds) == 5 and edit.is_applied

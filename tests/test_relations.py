@@ -374,6 +374,8 @@ def test_a_run_goes_on_from_its_file(
     assert R.cross_validate(*atlas, country, **settings, file=half) == scores
     with pytest.raises(RelationFileError, match="scores of another run"):
         R.cross_validate(*atlas, country, **{**settings, "n": 4}, file=half)
+    with pytest.raises(RelationFileError, match="scores of another run"):
+        R.cross_validate(*atlas, country, **settings, folds=3, file=half)
     half.write_text("{")
     with pytest.raises(RelationFileError, match="holds no scores"):
         R.cross_validate(*atlas, country, **settings, file=half)
@@ -542,6 +544,36 @@ def test_what_cannot_be_estimated_is_refused(gpt2: Any, tiny_tokenizer: Any) -> 
 
 
 @pytest.mark.usefixtures("as_it_is")
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"betas": ()}, "no betas"), ({"ranks": []}, "no ranks"), ({"betas": "much"}, "a beta"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_tried_are_refused_at_once(
+    atlas: Any, country: RelationData, monkeypatch: Any, more: Any, told: str
+) -> None:
+    from unified_edit.relations import validation
+
+    monkeypatch.setattr(validation, "known_pairs", lambda *_args, **_more: pytest.fail("it ran"))
+    with pytest.raises(RelationError, match=told):
+        R.cross_validate(*atlas, country, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [({"beta": 0}, "beta"), ({"rank": 10_000}, "rank"), ({"unknown": "ask"}, "unknown is 'ask'")],
+)
+def test_bad_settings_of_a_relation_cost_no_jacobian(
+    gpt2: Any, tiny_tokenizer: Any, monkeypatch: Any, more: Any, told: str
+) -> None:
+    from unified_edit.relations import estimating
+
+    monkeypatch.setattr(estimating, "expansions", lambda *_args: pytest.fail("it ran"))
+    with pytest.raises(RelationError, match=told):
+        R.estimate(gpt2, tiny_tokenizer, DATA, layer=1, **{"unknown": "keep", **more})
+
+
 def test_too_few_known_pairs_for_the_folds_are_refused(atlas: Any, country: RelationData) -> None:
     few = country.with_pairs(country.pairs[:7])
     with pytest.raises(RelationError, match="known pairs outside of a fold, but 5 are needed"):

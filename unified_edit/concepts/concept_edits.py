@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from unified_edit.arguments import as_path
@@ -95,7 +96,8 @@ class ConceptEdit(RecordedConcepts):
                 "text": self.texts,
                 "towards": [one for one in self.towards for _ in self.method.phrasings],
                 "asked": (asked / self.keys.norm(dim=0)).tolist(),
-                "missed": (missed / asked).tolist(),
+                # a debiased concept may have been right from the beginning: it asked for nothing
+                "missed": torch.where(asked > 0, missed / asked, missed).tolist(),
             }
         )
 

@@ -136,6 +136,14 @@ class Asked:
                     f"{quote(text.text)} is to be preserved and edited at once: leave it out of "
                     "one of the two"
                 )
+            for ids, erased in edited.items() if method.preserve_at == "all" else ():
+                # the encoder is causal: where texts begin alike, so do their keys
+                if text.ids[: len(ids) - 1] == ids[:-1]:
+                    raise ContradictionError(
+                        f"{quote(text.text)} is to be preserved at all its tokens, and begins "
+                        f"with {quote(erased)}, which is edited: leave it out, or preserve it at "
+                        "its last token only (preserve_at='last')"
+                    )
             kept.setdefault(text.ids, text)
         return cls(method, concepts, texts, list(kept.values()))
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unified_edit.arguments import whole_number
+from unified_edit.arguments import real_number, whole_number
 from unified_edit.errors import RelationError, quote
 from unified_edit.model.anatomy import Anatomy, Tokenizer, anatomy
 from unified_edit.model.fingerprints import model_fingerprint
@@ -104,6 +104,11 @@ def estimate(
     """
     number = whole_number(n, "n", RelationError, least=2, advice="One is asked behind the others")
     parts = anatomy(model)
+    real_number(beta, "beta", RelationError, above=0)
+    if rank is not None:
+        whole_number(rank, "rank", RelationError, least=1, below=parts.width + 1)
+    if unknown not in ("raise", "keep"):
+        raise RelationError(f'unknown is {unknown!r}; it can be "raise" or "keep"')
     encoder = Encoder(tokenizer, parts)
     prompt = FewShot(data.wording(template), drawn(data, number, seed), separator)
     if unknown == "raise":

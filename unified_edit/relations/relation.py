@@ -60,6 +60,8 @@ class Relation:
                 f"W is {tuple(self.weight.shape)} and b {tuple(self.bias.shape)}; they must be "
                 "(d x d) and (d,)"
             )
+        layer = whole_number(self.layer, "layer", RelationError, least=0)
+        object.__setattr__(self, "layer", layer)
         beta = real_number(self.beta, "beta", RelationError, above=0)
         object.__setattr__(self, "beta", beta)
         if self.rank is not None:
@@ -84,7 +86,8 @@ class Relation:
         """What the matrix reads off some subjects, beside what the model says.
 
         Columns: subject, relation (the most probable first token by beta W s + b), probability, and
-        model (the model's own). Raises what `anatomy` raises, RelationError for another model.
+        model (the model's own). Raises what `anatomy` raises, RelationError for a model of
+        another shape.
         """
         import pandas as pd
 

@@ -9,7 +9,6 @@ final norm: both as in the published code.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import DynamicCache
 
 from unified_edit.errors import RelationError
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length, left_padded
+from unified_edit.model.batching import batches_by_length
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, quiet, stubbed
-from unified_edit.model.packed import PrefixCache
+from unified_edit.model.packed import PrefixCache, gives_tuples, logits_behind
 from unified_edit.model.prompts import Row
 from unified_edit.relations.prompts import Asked
 
@@ -155,33 +154,21 @@ def read_states(parts: Anatomy, rows: Sequence[Asked], layers: Sequence[int]) ->
     return States(s, o, answers)
 
 
-def _nothing(rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Inputs of one token that no block will look at."""
-    return left_padded([[0]] * rows, device)
+def _logits(parts: Anatomy, o: Tensor) -> Iterator[Tensor]:
+    """Logits of the next token from outputs of the last block (rows x d), some rows at a time."""
+    with torch.no_grad(), quiet(parts.model):
+        as_tuple = gives_tuples(parts)
+        for some in o.split(AT_ONCE):
+            if len(some):
+                yield logits_behind(parts, some.to(parts.model.dtype), as_tuple)
 
 
-@contextmanager
-def _bodiless(parts: Anatomy, hidden: Tensor) -> Iterator[None]:
-    first = parts.blocks[0]
-    with noticing_tuples(first) as returned, captured({0: (first, "output")}):
-        parts.model.base_model(**_nothing(1, hidden.device), use_cache=False, **PLAIN_OUTPUT)
-    with stubbed(list(parts.blocks), hidden, returned[0]):
-        yield
-
-
-@torch.no_grad()
 def log_probabilities_of(parts: Anatomy, o: Tensor) -> Tensor:
     """Log-probabilities (rows x vocabulary) of the next token from outputs of the last block.
 
     They pass the model's own final norm and head. o: (rows x d).
     """
-    hidden = o.to(parts.model.dtype)[:, None]
-    with quiet(parts.model), _bodiless(parts, hidden):
-        inputs = _nothing(len(hidden), hidden.device)
-        final = parts.model.base_model(**inputs, use_cache=False, **PLAIN_OUTPUT).last_hidden_state[
-            :, 0
-        ]
-    logits = parts.logits(final)
+    logits = torch.cat(list(_logits(parts, o)))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -189,7 +176,7 @@ def decode(parts: Anatomy, o: Tensor) -> Tensor:
     """The most probable next token (rows) that the model's head reads off outputs of the last
     block (rows x d).
     """
-    found = [log_probabilities_of(parts, some).argmax(-1) for some in o.split(AT_ONCE)]
+    found = [logits.argmax(-1) for logits in _logits(parts, o)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 

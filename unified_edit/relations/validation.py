@@ -49,6 +49,7 @@ class _Settings:
     layers: tuple[int, ...]
     betas: tuple[float, ...]
     ranks: tuple[int, ...]
+    folds: int
     n: int
     seed: int
     template: str
@@ -86,15 +87,20 @@ def cross_validate(
         layers = range(0, max(1, 4 * (parts.n_layers - 1) // 5), 3 if parts.n_layers > 9 else 1)
     if ranks is None:
         ranks = [rank for rank in RANKS if rank < parts.width]
+    tried = {"betas": as_list(betas), "ranks": as_list(ranks)}
+    for name, given in tried.items():
+        if not given:
+            raise RelationError(f"no {name} are given to try; give one at least, or leave it out")
     settings = _Settings(
         parts.check_layers(layers),
-        tuple(sorted(real_number(one, "a beta", RelationError, above=0) for one in betas)),
+        tuple(sorted(real_number(one, "a beta", RelationError, above=0) for one in tried["betas"])),
         tuple(
             sorted(
                 whole_number(one, "a rank", RelationError, least=1, below=parts.width + 1)
-                for one in as_list(ranks)
+                for one in tried["ranks"]
             )
         ),
+        count,
         whole_number(n, "n", RelationError, least=2),
         whole_number(seed, "seed", RelationError),
         data.wording(template),
