@@ -24,6 +24,7 @@ OUT = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5.0 GB)"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     MemoryError("Unable to allocate 2 GiB"),
 ]
 
@@ -64,6 +65,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:   4
         ("0::/\n", "cgroup", group("max\n", 100, 0), 4_096_000),
         ("0::/\n", "cgroup", group("2000000\n", 500_000, 100_000), 1_600_000),
         ("0::/job_7\n", "cgroup/job_7", group("1000000", 900_000, 0), 100_000),
+        ("0::/job_7/step_0/task_0\n", "cgroup/job_7", group("1000000", 900_000, 0), 100_000),
         ("3:cpu:/\n2:memory:/a/b\n", "cgroup/memory", group("9000", 2000, 10, first=True), 7010),
         ("0::/\n", "cgroup", group("1000", 2000, 0), 0),
     ],
@@ -178,6 +180,16 @@ def test_a_failed_batch_is_let_go_of_before_it_is_tried_again(monkeypatch) -> No
 
     assert [result for _, result in halving(run, [[1, 2, 3, 4]])] == [1, 1, 1, 1]
     assert alive == [False, False]
+
+
+def test_a_result_goes_when_it_is_let_go_of() -> None:
+    """The next batch may need its room."""
+    import weakref
+
+    for _, made in halving(lambda part: torch.zeros(len(part)), [[1, 2]]):
+        seen = weakref.ref(made)
+        del made
+        assert seen() is None
 
 
 def test_apple_says_what_it_has_left(monkeypatch) -> None:

@@ -204,6 +204,9 @@ def test_what_is_counted_twice_is_not_added_up(made: Any, tiny_texts: list[str])
         with pytest.raises(StatisticsError, match=words):
             ue.KeyStatistics.joined(each)
 
+    with pytest.raises(StatisticsError, match="no statistics to join"):
+        ue.KeyStatistics.joined([])
+
     first, second = (made(part=(index, 2)) for index in range(2))
     refused(r"the same share of one corpus \(1 of 0..1\)", first, second, second)
     refused(r"the same share of one corpus \(0 of 0..0\)", made(), made(tokens=700))

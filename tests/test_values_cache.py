@@ -11,7 +11,14 @@ import torch
 from recipe import TINY_FACTS
 
 import unified_edit as ue
-from unified_edit.editing import Values, editor, layer_loop, optimise_values, values_for
+from unified_edit.editing import (
+    Values,
+    editor,
+    layer_loop,
+    optimise_values,
+    values_cache,
+    values_for,
+)
 from unified_edit.editing.values_cache import FORMAT
 from unified_edit.errors import FactError
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
@@ -209,3 +216,24 @@ def test_a_file_in_the_place_of_the_cache_is_no_failure(gpt2, tmp_path, caplog, 
 def test_no_facts_are_refused(gpt2, cache):
     with pytest.raises(FactError, match="no facts"):
         values_for(*gpt2, [], METHOD)
+
+
+def test_what_was_found_before_a_kill_is_kept(gpt2, cache, monkeypatch) -> None:
+    """Facts are optimised some at a time, and each lot is kept before the next."""
+    monkeypatch.setattr(values_cache, "TOGETHER", 1)
+    usual, calls = editor.compute_values, []
+
+    def killed(*arguments, **keywords):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return usual(*arguments, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(editor, "compute_values", killed)
+        values_for(*gpt2, FACTS, METHOD)
+    assert len(files(cache)) == 1
+    whole = values_for(*gpt2, FACTS, METHOD)
+    assert len(files(cache)) == 2
+    wanted = optimise_values(*gpt2, FACTS, METHOD)
+    torch.testing.assert_close(whole.delta, wanted.delta, rtol=1e-5, atol=1e-6)

@@ -45,7 +45,8 @@ def _losses(
     above = range(layer + 1, parts.n_layers)
     hidden = run_blocks(parts, above, at.calls, at.packing, hidden, at.read)
     logits = logits_behind(parts, taken(hidden[0], at.read), batch.as_tuple)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # the head may stand on another device
+    logits = logits.to(delta.device, torch.promote_types(logits.dtype, torch.float32))
     at_targets, at_subject = logits.split([len(at.target_id), len(delta)])
     chosen = -functional.cross_entropy(at_targets, at.target_id, reduction="none")
     negative = -(chosen[at.slots] * at.weights).sum(dim=1)

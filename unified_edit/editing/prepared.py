@@ -86,7 +86,7 @@ class Prepared:
         return replace(
             self,
             placing=placing,
-            layout=_layout(parts, placing, self.layout.cache.only(rows), self.as_tuple),
+            layout=_layout(parts, placing, self.layout.cache.only(rows), self.as_tuple, self.layer),
             hidden=of(self.hidden, tokens),
             at_site=of(self.at_site, rows),
             target_init=of(self.target_init, values),
@@ -109,7 +109,7 @@ def prepare(
         as_tuple = gives_tuples(parts)
         if parts.causal:
             cache = kept_prefixes(parts, rows, contexts, as_tuple)
-            layout = _layout(parts, placing, cache, as_tuple)
+            layout = _layout(parts, placing, cache, as_tuple, layer)
             packing, below = layout.packing, range(layer + 1)
             entering = packing.packed(layout.calls.first)
             with captured(sites) as seen:
@@ -120,7 +120,7 @@ def prepare(
             at_site = at_site[0].index_select(0, layout.first.to(at_site.device))
         else:
             cache, whole, at_site = kept_whole(parts, flat, sites, placing.width)
-            layout = _layout(parts, placing, cache, as_tuple)
+            layout = _layout(parts, placing, cache, as_tuple, layer)
             hidden = layout.packing.packed(whole)[0]
     layout.cache.forget(range(layer + 1))  # those blocks are not run again
     precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -138,9 +138,11 @@ def prepare(
     )
 
 
-def _layout(parts: Anatomy, placing: Placing, cache: PrefixCache, as_tuple: bool) -> Layout:
-    """Everything about where tokens stand, sent to the model's device."""
-    device = parts.model.device
+def _layout(
+    parts: Anatomy, placing: Placing, cache: PrefixCache, as_tuple: bool, layer: int
+) -> Layout:
+    """Everything about where tokens stand, sent to the device of the edited block."""
+    device = parts.weight(layer).parameter.device
 
     def sent(value: Tensor) -> Tensor:
         return value.to(device, non_blocking=True)

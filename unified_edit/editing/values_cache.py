@@ -32,6 +32,8 @@ from unified_edit.statistics import cache_folder
 log = logging.getLogger(__name__)
 
 FORMAT = "unified_edit.values/2"
+#: Values that are optimised before they are kept: what a kill costs at most.
+TOGETHER = 256
 
 
 def values_for(
@@ -58,16 +60,17 @@ def values_for(
         groups = [tuple(plan.facts[i] for i in members) for members in members_of(plan.columns)]
         found = {group: kept_values(folder, wanted, group, shape) for group in groups}
         missing = [group for group, values in found.items() if values is None]
-        if missing:
+        for start in range(0, len(missing), TOGETHER):
+            some = missing[start : start + TOGETHER]
             made = editor.optimise_values(
-                [fact for group in missing for fact in group],
+                [fact for group in some for fact in group],
                 method,
                 on_shared_subject=on_shared_subject,
             )
-            for group in missing:
-                found[group] = made.of(group)
+            for group in some:
+                found[group] = kept = made.of(group)
                 try:
-                    keep_values(folder, wanted, made.of(group))
+                    keep_values(folder, wanted, kept)
                 except EditFileError as problem:
                     log.warning("values are used, but not kept for the next time: %s", problem)
         joined = Values.joined([one for group in groups if (one := found[group]) is not None])

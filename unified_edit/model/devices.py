@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -108,7 +108,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
         return True
     said = str(problem).lower()
     return isinstance(problem, RuntimeError) and (
-        "out of memory" in said or "can't allocate memory" in said
+        "out of memory" in said
+        or "can't allocate memory" in said
+        or "cublas_status_alloc_failed" in said
     )
 
 
@@ -127,10 +129,9 @@ def halving(
         start = 0
         while start < len(batch):
             size = max(1, -(-len(batch) // parts))
-            part, result = batch[start : start + size], None
+            part, made = batch[start : start + size], list[Result]()
             try:
-                result = run(part)
-                fitted = True
+                made.append(run(part))
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
                     raise
@@ -140,9 +141,8 @@ def halving(
                         "give shorter texts, load the model in a shorter type (dtype='bfloat16'), "
                         "or take a larger device"
                     ) from problem
-                fitted = False
-            if fitted:
-                yield part, cast(Result, result)
+            if made:
+                yield part, made.pop()  # so that it goes when the caller lets go of it
                 start += size
                 continue
             # only out here does the failed call's traceback hold its tensors no more
@@ -188,8 +188,9 @@ def _left_in_groups() -> Iterator[int]:
             root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         else:
             continue
-        # inside of a container its own group is mounted as the root
-        for folder in (root / path.lstrip("/"), root):
+        # the limit may be that of a group above; inside of a container its own is the root
+        own = root / path.lstrip("/")
+        for folder in (own, *(one for one in own.parents if one.is_relative_to(root))):
             try:
                 most, taken = (int((folder / name).read_text("ascii")) for name in names)
                 stat = (folder / "memory.stat").read_text("ascii").splitlines()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.batching import batches_by_length, forward_tokens, left_padded
-from unified_edit.model.devices import halving
+from unified_edit.model.devices import free_bytes, halving
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, per_token
 from unified_edit.statistics.sums import Sums
 
@@ -27,7 +27,7 @@ def batch_size(parts: Anatomy, weights: Sequence[NamedWeight]) -> int:
     if device.type == "cuda":
         # at most: what the MLP makes of a block, three or four tensors, and the keys of all layers
         width = max(one.d_in for one in weights) * 4 + sum(one.d_in for one in weights)
-        free = torch.cuda.mem_get_info(device)[0]
+        free = free_bytes(device)
         while tokens > 512 and 4 * tokens * width * parts.model.dtype.itemsize > free:
             tokens //= 2
     return tokens

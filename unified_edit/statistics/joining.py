@@ -45,7 +45,9 @@ class Part:
 
 
 def check_alike(sources: Sequence[Source], fields: Sequence[str] = tuple(_ADVICE)) -> None:
-    """Raise StatisticsError unless all sources have the same in these fields."""
+    """Raise StatisticsError unless there are sources, and all have the same in these fields."""
+    if not sources:
+        raise StatisticsError("there are no statistics to join; give one at least")
     for name in fields:
         if len({getattr(one, name) for one in sources}) != 1:
             raise StatisticsError(_ADVICE[name])

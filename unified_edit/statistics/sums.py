@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unified_edit.errors import StatisticsError, StatisticsFileError
 from unified_edit.model.anatomy import NamedWeight
+from unified_edit.model.devices import free_bytes
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def place_for(device: torch.device, needed: int) -> torch.device:
     if device.type == "mps":
         log.info("MPS has no float64: the sums of the key statistics are kept on the CPU")
         return cpu
-    if device.type == "cuda" and needed > torch.cuda.mem_get_info(device)[0] // 2:
+    if device.type == "cuda" and needed > free_bytes(device) // 2:
         log.info("little memory is free on %s: sums of a layer are kept on the CPU", device)
         return cpu
     return device
@@ -251,8 +252,10 @@ class Sums:
         """
         for layer, one in self.layers.items():
             one.flush()
-            parts = [*(half.diagonal() for half in one.halves), one.fresh.sum().double()[None]]
-            if not torch.isfinite(torch.cat([part.to(parts[0].device) for part in parts])).all():
+            parts = [half.diagonal() for half in one.halves]
+            # first over, then wider: where keys come from there may be no float64
+            parts.append(one.fresh.sum()[None].to(parts[0].device).double())
+            if not torch.isfinite(torch.cat(parts)).all():
                 raise StatisticsError(
                     f"keys at layer {layer} are not finite; the model's weights hold NaN or "
                     "its type overflows: load it again, or in float32 or bfloat16"
