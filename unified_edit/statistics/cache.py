@@ -13,13 +13,10 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path
@@ -64,7 +61,7 @@ def statistics_for(
         path = _path(folder, layer)
         if path.exists() and 8 * one.width(layer) ** 2 * len(layers) > memory.limit:
             # too much for all layers together: C0 is read and factored where it is asked for
-            found[layer] = replace(one, moments={layer: partial(_moment, path, layer)}, _metrics={})
+            found[layer] = one.unread(path)
             return
         # what is kept is the factor; C0 is read again where it is asked for
         one.metric(layer, parts.weight(layer).parameter.device)
@@ -86,10 +83,6 @@ def statistics_for(
 
 def _path(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer}.safetensors"
-
-
-def _moment(path: Path, layer: int) -> Tensor:
-    return KeyStatistics.load(path).C0(layer)
 
 
 def _read(
