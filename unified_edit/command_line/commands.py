@@ -273,7 +273,7 @@ def model_of(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
     return load_model(**loading_of(args))
 
 
-def usable(device: str | None) -> str | None:
+def usable(device: str | torch.device | None) -> str | torch.device | None:
     """The device, if there is such a one; nobody waits for a large model to be told otherwise."""
     try:
         torch.ones(1, device=device).item()
