@@ -90,6 +90,7 @@ RUN_FOLDERS = (
     "configuration or living or accepted or prefixes or folder_alone",
 )
 RUN_PIECES = ("tests/test_many_processes.py", "-k", "damaged_share or one_value or left or full")
+RUN_APART = ("tests/test_run_folders.py",)
 CONCEPTS = ("tests/test_concepts.py",)
 CONCEPT_EDITS = ("tests/test_concept_edits.py",)
 BAD_CONCEPTS = ("tests/test_bad_concepts.py",)
@@ -138,6 +139,7 @@ CHAPTERS = {
     HOOKED: (),
     RUN_FOLDERS: (),
     RUN_PIECES: (),
+    RUN_APART: (),
     CONCEPTS: (),
     CONCEPT_EDITS: (),
     BAD_CONCEPTS: (),
@@ -700,6 +702,18 @@ FAULTS = (
           "            if not first:", "            if False:", RUN_FOLDERS),
     Fault("what is left is told for one process", "running/status.py",
           "return work / max(1, len(self.alive))", "return work", RUN_PIECES),
+    Fault("processes are told apart by their numbers alone", "running/workers.py",
+          "return (self.host, self.pid) == this_process()", "return self.pid == os.getpid()",
+          RUN_APART),
+    Fault("answers of one who is at them are taken", "running/finishing.py",
+          "if path.name not in theirs", "if path.name", RUN_APART),
+    Fault("a text is told by its size", "running/shares.py",
+          "[sha256_of(path) for path in self._paths]",
+          "[path.stat().st_size for path in self._paths]", RUN_APART),
+    Fault("prefixes stay when the seed is another one", "running/settings.py",
+          "if there.samples == ours.samples else None", "or None", RUN_APART),
+    Fault("what is said to be off is not passed on", "command_line/running.py",
+          "told.items() if value is not None}", "told.items() if value}", RUN_APART),
     Fault("lam counts the preserved concepts", "concepts/solving.py",
           "moment.diagonal().add_(lam)", "moment.diagonal().add_(lam * weight)", CONCEPTS),
     Fault("the weight of a concept is its ridge", "concepts/solving.py",

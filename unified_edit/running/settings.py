@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +35,7 @@ from unified_edit.facts import (
 from unified_edit.measuring.answer_lines import differences, digest_of, plain
 from unified_edit.model.tensor_files import read_json, write_whole
 from unified_edit.running.workers import seen_in, this_process
+from unified_edit.statistics.corpora import check_choice
 
 FORMAT = "unified_edit.run/1"
 CONFIG, FACTS, RECORDS = "config.json", "facts.jsonl", "records.jsonl"
@@ -123,8 +124,9 @@ class Settings:
                     f"statistics is a file of C0, and {told[0]} says how to collect C0; give one "
                     "of the two"
                 )
-        if made["texts"] and "dataset" in made:
-            raise StatisticsError("texts are files, and dataset is of the Hub; give one of the two")
+        check_choice(
+            made["texts"], made.get("split"), made.get("dataset"), made.get("dataset_config")
+        )
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,6 +156,13 @@ class Config:
     asked: dict[str, Any]
     made_of: dict[str, Any]
     versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def samples(self) -> tuple[Any, ...]:
+        """What prefixes are sampled from."""
+        asked, made_of = self.asked, self.made_of
+        spec = asked["method"]["contexts"], asked["seed"]
+        return *spec, made_of["fingerprint"], made_of["tokenizer"]
 
     @property
     def digest(self) -> str:
@@ -233,19 +242,28 @@ class RunFolder:
         self._check(config, replace(config, asked=asked.to_dict()), accept_changes)
         return asked
 
-    def agree(self, settings: Settings, made_of: Mapping[str, Any], accept_changes: bool) -> Config:
+    def agree(
+        self,
+        settings: Settings,
+        made_of: Mapping[str, Any],
+        sample: Callable[[], Sequence[str]],
+        accept_changes: bool,
+    ) -> Config:
         """Write config.json, or hold it against the one that is there; return what holds.
 
-        Of several processes that begin at once, the first one writes. The prefixes are those of the
-        first one too: on another kind of machine they may be sampled otherwise.
+        Of several processes that begin at once, the first one writes. The prefixes, which `sample`
+        gives, are those of the first one too, as long as they would be sampled from the same: on
+        another kind of machine they may be others.
         """
         ours = Config(settings.to_dict(), _jsonable(made_of))
         there = self.config()
         if there is None:
+            ours.made_of["prefixes"] = list(sample())
             self._write(settings, ours, first=True)
             there = self.config()
             assert there is not None
-        ours.made_of["prefixes"] = there.made_of.get("prefixes", ours.made_of["prefixes"])
+        known = there.made_of.get("prefixes") if there.samples == ours.samples else None
+        ours.made_of["prefixes"] = known or list(sample())
         if self._check(there, ours, accept_changes):
             self._write(settings, ours, first=False)
             return ours

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -26,14 +26,7 @@ from unified_edit.model.fingerprints import sha256_of
 from unified_edit.model.prompts import Encoder
 from unified_edit.running.pieces import PIECES, STATISTICS, Piece
 from unified_edit.running.settings import Settings
-from unified_edit.statistics import (
-    TOKENS_PER_DIMENSION,
-    KeyStatistics,
-    check_texts,
-    dataset_texts,
-    default_corpus,
-    file_texts,
-)
+from unified_edit.statistics import KeyStatistics, check_texts, chosen_texts
 from unified_edit.statistics.collect import GROUP
 
 log = logging.getLogger(__name__)
@@ -73,34 +66,27 @@ class StatisticsStage:
     def _paths(self) -> list[Path]:
         return [Path(path) for path in self.settings.texts]
 
-    @property
-    def _tokens(self) -> int | None:
-        """As the command `statistics` has it: all of one's own texts, enough of others."""
-        if self.settings.tokens is not None or self.settings.texts:
-            return self.settings.tokens
-        widths = [self.editor.parts.weight(layer).d_in for layer in self.layers]
-        return TOKENS_PER_DIMENSION * max(widths)
-
-    def _texts(self) -> Iterable[str]:
+    def _chosen(self) -> tuple[Iterator[str], int | None]:
+        """The texts from their beginning, and how many tokens of them."""
         asked = self.settings
-        if asked.texts:
-            return file_texts(self._paths, asked.split)
-        if asked.dataset is not None:
-            return dataset_texts(asked.dataset, asked.dataset_config, column=asked.column)
-        return default_corpus(self.editor.model)
+        return chosen_texts(
+            self.editor.model, self.layers, files=self._paths, split=asked.split,
+            dataset=asked.dataset, config=asked.dataset_config, column=asked.column,
+            tokens=asked.tokens,
+        )  # fmt: skip
 
     def _count(self) -> int:
         """So many shares as are asked for, but none of them empty; what is shrunk is short."""
         if self.settings.shrinkage or self.settings.shares == 1:
             return 1
         most = self.settings.shares * GROUP
-        some = sum(1 for _ in islice(self._texts(), most))
+        some = sum(1 for _ in islice(self._chosen()[0], most))
         return max(1, min(self.settings.shares, math.ceil(some / GROUP)))
 
     def _digest(self, fingerprint: str) -> str:
         tokenizer = Encoder(self.editor.tokenizer, self.editor.parts).signature
         about: list[Any] = [fingerprint, tokenizer, version("unified_edit")]
-        about += [self.layers, self._tokens]
+        about += [self.layers, self._chosen()[1]]
         asked = self.settings
         about += [self._shares, asked.shrinkage, asked.split]
         about += [asked.dataset, asked.dataset_config, asked.column]
@@ -115,12 +101,13 @@ class StatisticsStage:
 
     def make(self, place: int) -> None:
         """One share of the text, at all layers."""
+        texts, tokens = self._chosen()
         found = KeyStatistics.collect(
             self.editor.model,
             self.editor.tokenizer,
-            self._texts(),
+            texts,
             self.layers,
-            tokens=self._tokens,
+            tokens=tokens,
             shrinkage=self.settings.shrinkage,
             part=(place, self._shares),
         )

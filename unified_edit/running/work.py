@@ -113,9 +113,12 @@ def run(
     made_of = {
         "fingerprint": editor.ledger.fingerprint(wholly=True),
         "tokenizer": Encoder(tokenizer, editor.parts).signature,
-        "prefixes": list(editor.prefixes(settings.method.resolve(editor.parts).contexts)),
     }
-    config = place.agree(settings, made_of, accept_changes)
+
+    def prefixes() -> Sequence[str]:
+        return editor.prefixes(settings.method.resolve(editor.parts).contexts)
+
+    config = place.agree(settings, made_of, prefixes, accept_changes)
     if is_finished(place.path, config.digest):
         log.info("%s is finished: see %s", place.path, place.path / SUMMARY)
         return RunState.read(place.path)

@@ -24,7 +24,7 @@ from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.memory import memory_of
-from unified_edit.statistics.corpora import default_corpus
+from unified_edit.statistics.corpora import default_corpus, enough_tokens
 from unified_edit.statistics.key_statistics import KeyStatistics
 from unified_edit.statistics.sums import PARTIAL
 
@@ -32,9 +32,6 @@ log = logging.getLogger(__name__)
 
 #: Environment variable that overrides where statistics are kept.
 VARIABLE = "UNIFIED_EDIT_CACHE"
-#: Tokens of the default corpus for each entry of a key. Ten are enough for edits (arXiv
-#: 2506.04226); with twenty, the two halves of the text agree as well as `convergence` asks.
-TOKENS_PER_DIMENSION = 20
 
 
 def cache_folder() -> Path:
@@ -131,7 +128,7 @@ def _collected(
         tokenizer,
         default_corpus(model),
         layers,
-        tokens=TOKENS_PER_DIMENSION * max(parts.weight(layer).d_in for layer in layers),
+        tokens=enough_tokens(parts, layers),
         checkpoint=folder / f"partial-{run[:12]}.safetensors",
     )
     each = {layer: made.only(layer) for layer in layers}
