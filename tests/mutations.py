@@ -579,6 +579,8 @@ FAULTS = (
           "sorted(map(_number, after.values())))))", HARNESS),
     Fault("the harness seeds our generators", "measuring/harness.py",
           "random.setstate(python)", "pass", HARNESS),
+    Fault("the harness seeds the generators of other cards", "measuring/harness.py",
+          "range(torch.cuda.device_count())", "range(1)", HARNESS),
     Fault("batches that are evaluated forget the names", "measuring/evaluation.py",
           "preserve=self.preserve,", "preserve=None,", NAMED),
     Fault("cells with a history know nothing of it", "measuring/grid_runs.py",

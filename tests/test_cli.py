@@ -524,7 +524,7 @@ def test_tokens_and_the_default_corpus(run, out, monkeypatch, tiny_texts):
     monkeypatch.setattr(corpora, "default_corpus", lambda model: iter(tiny_texts))
     base = ("statistics", "--model", "model", "--layers", 0, "--out", out, "--json", "--force")
     default = json.loads(run(*base)[0])["source"]["tokens"]
-    wanted = cache.TOKENS_PER_DIMENSION * 48
+    wanted = corpora.TOKENS_PER_DIMENSION * 48
     assert wanted <= default < wanted + 40  # the last text is counted whole
     fewer = json.loads(run(*base, "--tokens", 400)[0])["source"]["tokens"]
     assert 400 <= fewer < 400 + 40 < wanted

@@ -198,7 +198,7 @@ def _own_randomness() -> Iterator[None]:
     python, legacy = random.getstate(), np.random.get_state()
     # it seeds all cards, and a model may stand on several
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
         try:
             yield
         finally:
