@@ -109,7 +109,7 @@ def test_the_generators_of_all_cards_go_on_as_before(monkeypatch):
         ("set_rng_state", lambda state, card: states.update({card: state})),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, gives)
-    with harness._own_randomness():
+    with harness.own_randomness():
         states.update({0: "seeded", 1: "seeded"})
     assert states == {0: "first", 1: "second"}
 

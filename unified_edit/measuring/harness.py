@@ -77,7 +77,7 @@ def harness_scores(
         limit = whole_number(limit, "limit", MethodError, least=1)
     size = whole_number(batch_size, "batch_size", MethodError, least=1)
     ledger = ledger_of(model)
-    with _own_randomness(), quiet(model):
+    with own_randomness(), quiet(model):
         manager = manager_of(TaskManager, names, folder)
         with _hushed("lm_eval.models.huggingface"):
             # it gives a tokenizer without padding one, and others of ours are to stay as they are
@@ -193,7 +193,7 @@ def _number(value: Any) -> float:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """The harness seeds Python's, numpy's and torch's generators: they go on as before after."""
     python, legacy = random.getstate(), np.random.get_state()
     # it seeds all cards, and a model may stand on several
