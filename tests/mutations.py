@@ -90,6 +90,7 @@ RUN_FOLDERS = (
     "configuration or living or accepted or prefixes or folder_alone",
 )
 RUN_PIECES = ("tests/test_many_processes.py", "-k", "damaged_share or one_value or left or full")
+RUN_APART = ("tests/test_run_folders.py",)
 CONCEPTS = ("tests/test_concepts.py",)
 CONCEPT_EDITS = ("tests/test_concept_edits.py",)
 BAD_CONCEPTS = ("tests/test_bad_concepts.py",)
@@ -138,6 +139,7 @@ CHAPTERS = {
     HOOKED: (),
     RUN_FOLDERS: (),
     RUN_PIECES: (),
+    RUN_APART: (),
     CONCEPTS: (),
     CONCEPT_EDITS: (),
     BAD_CONCEPTS: (),
@@ -456,8 +458,8 @@ FAULTS = (
           'table["effect"].max() / 2, "layer"]', 'table["effect"].max(), "layer"]', SUGGESTING),
     Fault("a sweep runs over its budget", "measuring/suggesting.py",
           "if begun and time.monotonic() - began > budget:", "if False:", SUGGESTING),
-    Fault("a cell of a grid that somebody else works on is taken", "measuring/grid_files.py",
-          "yield False", "yield True", GRIDS),
+    Fault("a cell of a grid that somebody else works on is taken", "model/locks.py",
+          "return nullcontext(False)", "return nullcontext(True)", GRIDS),
     Fault("cells of another model stand beside each other", "measuring/grid_runs.py",
           'check_same(folder / name / CELL, common, known["common"])', "pass", GRIDS),
     Fault("a cell of another method is gone on with", "measuring/grid_files.py",
@@ -577,6 +579,8 @@ FAULTS = (
           "sorted(map(_number, after.values())))))", HARNESS),
     Fault("the harness seeds our generators", "measuring/harness.py",
           "random.setstate(python)", "pass", HARNESS),
+    Fault("the harness seeds the generators of other cards", "measuring/harness.py",
+          "range(torch.cuda.device_count())", "range(1)", HARNESS),
     Fault("batches that are evaluated forget the names", "measuring/evaluation.py",
           "preserve=self.preserve,", "preserve=None,", NAMED),
     Fault("cells with a history know nothing of it", "measuring/grid_runs.py",
@@ -700,6 +704,18 @@ FAULTS = (
           "            if not first:", "            if False:", RUN_FOLDERS),
     Fault("what is left is told for one process", "running/status.py",
           "return work / max(1, len(self.alive))", "return work", RUN_PIECES),
+    Fault("processes are told apart by their numbers alone", "running/workers.py",
+          "return (self.host, self.pid) == this_process()", "return self.pid == os.getpid()",
+          RUN_APART),
+    Fault("answers of one who is at them are taken", "running/finishing.py",
+          "if path.name not in theirs", "if path.name", RUN_APART),
+    Fault("a text is told by its size", "running/shares.py",
+          "[sha256_of(path) for path in self._paths]",
+          "[path.stat().st_size for path in self._paths]", RUN_APART),
+    Fault("prefixes stay when the seed is another one", "running/settings.py",
+          "if there.samples == ours.samples else None", "or None", RUN_APART),
+    Fault("what is said to be off is not passed on", "command_line/running.py",
+          "told.items() if value is not None}", "told.items() if value}", RUN_APART),
     Fault("lam counts the preserved concepts", "concepts/solving.py",
           "moment.diagonal().add_(lam)", "moment.diagonal().add_(lam * weight)", CONCEPTS),
     Fault("the weight of a concept is its ridge", "concepts/solving.py",

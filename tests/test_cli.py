@@ -27,7 +27,7 @@ from unified_edit.command_line import cli, commands, console
 from unified_edit.command_line.console import format_table, to_json, write_text
 from unified_edit.errors import StatisticsFileError, UnifiedEditError
 from unified_edit.measuring import ask, evaluate
-from unified_edit.statistics import cache, collect, file_texts
+from unified_edit.statistics import cache, collect, corpora, file_texts
 
 COMMANDS = ("ask", "edit", "evaluate", "statistics", "suggest", "sweep", "figures", "run", "status")
 PROMPT, SUBJECT, TARGET = "{} is in the city of", "The tower", "Oslo"
@@ -521,10 +521,10 @@ def test_too_few_tokens_are_refused_unless_shrunk(run, out):
 
 
 def test_tokens_and_the_default_corpus(run, out, monkeypatch, tiny_texts):
-    monkeypatch.setattr(commands, "default_corpus", lambda model: iter(tiny_texts))
+    monkeypatch.setattr(corpora, "default_corpus", lambda model: iter(tiny_texts))
     base = ("statistics", "--model", "model", "--layers", 0, "--out", out, "--json", "--force")
     default = json.loads(run(*base)[0])["source"]["tokens"]
-    wanted = cache.TOKENS_PER_DIMENSION * 48
+    wanted = corpora.TOKENS_PER_DIMENSION * 48
     assert wanted <= default < wanted + 40  # the last text is counted whole
     fewer = json.loads(run(*base, "--tokens", 400)[0])["source"]["tokens"]
     assert 400 <= fewer < 400 + 40 < wanted

@@ -29,7 +29,7 @@ import unified_edit as ue
 from unified_edit.editing import Contexts, Editor
 from unified_edit.editing.sinks import check_first_place
 from unified_edit.errors import EditFileError, MethodError, ModelError, StatisticsError
-from unified_edit.model import Encoder, anatomy, dequantised, ledger_of, packages
+from unified_edit.model import Encoder, anatomy, dequantised, fingerprints, ledger_of, packages
 from unified_edit.model.gguf_header import read_header
 
 TEXT = "The old tower is in the city of Rome, not far from the river."
@@ -287,7 +287,7 @@ def test_edits_and_statistics_say_what_they_come_from(
     assert sum(one.after for one in edit.outcomes) > sum(one.before for one in edit.outcomes)
     edit.save(tmp_path / "e.safetensors")
     edit.undo()
-    origin = f"a.gguf, Q8_0, sha256 {dequantised.sha256_of(path)}, cc0-1.0"
+    origin = f"a.gguf, Q8_0, sha256 {fingerprints.sha256_of(path)}, cc0-1.0"
     saved, kept = (
         ue.Edit.load(tmp_path / "e.safetensors"),
         ue.KeyStatistics.load(tmp_path / "s.safetensors"),
@@ -546,7 +546,7 @@ EIFFEL = ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Pa
 def gemma(own_cache):
     """(model, tokenizer); the copy, a gigabyte, goes with the module."""
     path = Path(os.environ["UNIFIED_EDIT_GEMMA"])
-    assert dequantised.sha256_of(path) == GEMMA
+    assert fingerprints.sha256_of(path) == GEMMA
     yield ue.load_model(path)
     shutil.rmtree(own_cache / "gguf", ignore_errors=True)
 

@@ -100,6 +100,20 @@ def test_base_and_edited_model_are_asked_the_same(
     assert after.change_stderr == pytest.approx(np.std(change, ddof=1) / 2)
 
 
+def test_the_generators_of_all_cards_go_on_as_before(monkeypatch):
+    """A model may stand on several, and to seed torch is to seed all of them."""
+    states = {0: "first", 1: "second"}
+    for name, gives in (
+        ("is_initialized", lambda: True), ("device_count", lambda: 2),
+        ("get_rng_state", states.get),
+        ("set_rng_state", lambda state, card: states.update({card: state})),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, gives)
+    with harness.own_randomness():
+        states.update({0: "seeded", 1: "seeded"})
+    assert states == {0: "first", 1: "second"}
+
+
 def test_a_tokenizer_without_padding_stays_without(tiny, tiny_texts, folder) -> None:
     from fixtures_tiny import byte_level_tokenizer
 

@@ -20,7 +20,7 @@ from torch import nn
 import unified_edit as ue
 from unified_edit.errors import StatisticsError, StatisticsFileError
 from unified_edit.model import ledger_of
-from unified_edit.statistics import cache, collect, statistics_for
+from unified_edit.statistics import cache, collect, corpora, statistics_for
 
 TOLERANCE = 1e-5  # keys and their products are float32; sums are float64
 
@@ -331,7 +331,7 @@ def test_statistics_that_cannot_be_kept_are_used_all_the_same(
     assert "no checkpoint" in caplog.text
     wanted = ue.KeyStatistics.collect(
         make_gpt2(), tiny_tokenizer, list(cache.default_corpus(model)), (1,),
-        tokens=cache.TOKENS_PER_DIMENSION * 48,
+        tokens=corpora.TOKENS_PER_DIMENSION * 48,
     )  # fmt: skip
     assert torch.equal(made.C0(1), wanted.C0(1))
     corpus(never())
@@ -385,10 +385,10 @@ def test_the_default_corpus_is_enough_and_a_fifth_of_it_is_not(atlas, atlas_text
     model, tokenizer = atlas
     much = statistics_for(model, tokenizer, (1,))
     width = model.config.n_inner
-    assert much.source.tokens >= cache.TOKENS_PER_DIMENSION * width
+    assert much.source.tokens >= corpora.TOKENS_PER_DIMENSION * width
     assert 0 < much.convergence(1) <= 0.1
     little = ue.KeyStatistics.collect(
-        model, tokenizer, atlas_texts, (1,), tokens=cache.TOKENS_PER_DIMENSION // 5 * width
+        model, tokenizer, atlas_texts, (1,), tokens=corpora.TOKENS_PER_DIMENSION // 5 * width
     )
     # it falls at least like one over the square root of the tokens
     assert little.convergence(1) > 5**0.5 * much.convergence(1)

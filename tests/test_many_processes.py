@@ -610,17 +610,27 @@ def test_prefixes_are_those_of_the_process_that_began(begun, alone, monkeypatch)
     assert [sign["pieces"] for sign in signs(begun)] == [{"values": 5}, {}]
 
 
-def test_each_process_of_a_machine_has_its_own_card(place, tmp_path, monkeypatch):
+def test_each_process_of_a_machine_has_its_own_card(place, tmp_path, monkeypatch, capsys):
     def opened(**told):
         raise ModelError(told["device"])
 
     monkeypatch.setattr("unified_edit.running.work.load_model", opened)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for rank, asked, card in (("3", "cuda", "cuda:3"), ("5", "cuda", "cuda:1"),
-                              ("3", "cuda:0", "cuda:0"), ("", "cuda", "cuda")):  # fmt: skip
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("unified_edit.command_line.commands.usable", lambda device: opened(
+        device=device))  # fmt: skip
+    names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    for ranks, asked, card in (
+        (("3", "", "0"), "cuda", "cuda:3"), (("5", "", ""), "cuda", "cuda:1"),
+        (("3", "", ""), "cuda:0", "cuda:0"), (("", "", ""), "cuda", "cuda"),
+        (("", "2", "0"), "cuda", "cuda:2"), (("", "", "1"), "cuda", "cuda:1"),
+    ):  # fmt: skip
+        for name, rank in zip(names, ranks, strict=True):
+            monkeypatch.setenv(name, rank)
         with pytest.raises(ModelError, match=f"^{card}$"):
             ue.run(**given(place, tmp_path / "run"), device=asked)
+        # what the command tries out is that card, and no other
+        assert cli.main(["run", str(tmp_path / "run"), "--device", asked]) == 1
+        assert f": {card}\n" in capsys.readouterr().err
 
 
 def test_shares_begin_all_over_the_list():

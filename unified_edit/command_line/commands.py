@@ -31,14 +31,7 @@ from unified_edit.facts import Fact, read_facts
 from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records, suggest_layers
 from unified_edit.measuring.suggesting import CLAMPS
 from unified_edit.model.anatomy import Tokenizer, anatomy
-from unified_edit.statistics import (
-    TOKENS_PER_DIMENSION,
-    KeyStatistics,
-    check_texts,
-    dataset_texts,
-    default_corpus,
-    file_texts,
-)
+from unified_edit.statistics import KeyStatistics, check_texts, chosen_texts
 
 log = logging.getLogger(__name__)
 
@@ -189,15 +182,10 @@ def run_statistics(args: Namespace) -> Result:
         return _saved_statistics(args, made, {"joined": [str(path) for path in args.join]})
     check_texts(args.texts or [])
     model, tokenizer = model_of(args)
-    parts, tokens = anatomy(model), args.tokens
-    if args.texts:
-        texts = file_texts(args.texts, args.split)
-    else:
-        widths = [parts.weight(layer).d_in for layer in parts.check_layers(args.layers)]
-        tokens = tokens or TOKENS_PER_DIMENSION * max(widths)
-        texts = default_corpus(model)
-        if args.dataset:
-            texts = dataset_texts(args.dataset, args.config, column=args.column)
+    texts, tokens = chosen_texts(
+        model, args.layers, files=args.texts or (), split=args.split, dataset=args.dataset,
+        config=args.config, column=args.column, tokens=args.tokens,
+    )  # fmt: skip
     made = KeyStatistics.collect(
         model, tokenizer, texts, args.layers,
         tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint, keep_checkpoint=True,
@@ -273,7 +261,7 @@ def model_of(args: Namespace) -> tuple[PreTrainedModel, Tokenizer]:
     return load_model(**loading_of(args))
 
 
-def usable(device: str | None) -> str | None:
+def usable(device: str | torch.device | None) -> str | torch.device | None:
     """The device, if there is such a one; nobody waits for a large model to be told otherwise."""
     try:
         torch.ones(1, device=device).item()

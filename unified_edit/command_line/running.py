@@ -16,6 +16,7 @@ from unified_edit.running import RunFolder, RunState, run
 from unified_edit.running.finishing import TEXT
 from unified_edit.running.settings import COLLECTING
 from unified_edit.running.status import EDIT, duration, time_left
+from unified_edit.running.workers import own_device
 
 #: Options that say how the model is loaded.
 _LOADING = ("dtype", "revision", "allow_bin", "gguf_file", "cache")
@@ -30,7 +31,7 @@ def run_run(args: Namespace) -> Result:
             if getattr(args, name) is not None:
                 args.parser.error(f"--{name} is of use with --records only")
     known = RunFolder(args.folder).config()
-    device = commands.usable(args.device)
+    device = commands.usable(own_device(args.device))  # opens no other card
     records = args.records and load_records(args.records, limit=args.limit, seed=args.sample)
     state = run(
         args.folder,
@@ -54,7 +55,9 @@ def run_status(args: Namespace) -> Result:
 
 def _loading(args: Namespace, known: dict[str, Any], new: bool) -> dict[str, Any] | None:
     """What `load_model` is told; None where nothing is said of it and the folder knows."""
-    given = {name: value for name in _LOADING if (value := getattr(args, name))}
+    told = {name: getattr(args, name) for name in _LOADING}
+    told["allow_bin"] = args.allow_bin or None  # a flag that is not given is False
+    given = {name: value for name, value in told.items() if value is not None}
     if args.model is not None:
         return {"name": args.model, **given}
     return {**known, **given} if given or new else None

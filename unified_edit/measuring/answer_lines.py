@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import ReportFileError, brief
-from unified_edit.facts import Record
+from unified_edit.facts import Fact, Record
 
 FORMAT = "unified_edit.report/1"
 _BEGINNING = b'{"format": "unified_edit.report/'
@@ -31,8 +31,8 @@ _NUMBERS = ("logp_new", "logp_true", "magnitude")
 Line = dict[str, Any]
 
 
-def digest_of(records: Sequence[Record]) -> str:
-    """A short hash of all that records hold, the same for equal ones."""
+def digest_of(records: Sequence[Record | Fact]) -> str:
+    """A short hash of all that records, or facts, hold, the same for equal ones."""
     text = json.dumps([asdict(record) for record in records], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

@@ -30,7 +30,7 @@ from unified_edit.measuring.scores import AFTER, BEFORE, check_bootstrap, summar
 from unified_edit.model.anatomy import Tokenizer
 from unified_edit.model.hooks import quiet
 from unified_edit.model.progress import progress
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import read_json, write_whole
 from unified_edit.objective import Budget
 from unified_edit.statistics import KeyStatistics
 
@@ -251,9 +251,8 @@ def _keep(
         return
     plain = [{name: None if value is pd.NA else value for name, value in row.items()}
              for row in rows]  # fmt: skip
-    with written_whole(folder / f"answers-{number:05}.json") as temporary:
-        kept = {"rows": plain, "weights": weights}
-        temporary.write_text(json.dumps(kept, default=str), encoding="utf-8")
+    kept = {"rows": plain, "weights": weights}
+    write_whole(folder / f"answers-{number:05}.json", json.dumps(kept, default=str))
 
 
 def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -266,8 +265,7 @@ def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with written_whole(path) as temporary:
-                temporary.write_text(json.dumps(made_from, indent=1), encoding="utf-8")
+            write_whole(path, json.dumps(made_from, indent=1))
         found = _run_of(folder)
         other = [name for name in wanted if found.get(name) != wanted[name]]
         if other:
@@ -277,7 +275,7 @@ def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]
             )
         measured = {}
         for file in sorted(folder.glob("answers-*.json")):
-            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = read_json(file)
             measured[int(file.stem.partition("-")[2])] = {
                 "rows": [_read(row) for row in kept["rows"]],
                 "weights": kept["weights"],
@@ -293,7 +291,7 @@ def _begun(folder: Path, made_from: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 def _run_of(folder: Path) -> dict[str, Any]:
     """What the run of a folder was made from."""
-    return dict(json.loads((folder / RUN).read_text(encoding="utf-8")))
+    return dict(read_json(folder / RUN))
 
 
 def _read(row: dict[str, Any]) -> dict[str, Any]:

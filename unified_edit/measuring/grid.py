@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from unified_edit.editing.methods import Method
 from unified_edit.editing.prefixes import Contexts
 from unified_edit.editing.presets import METHODS
 from unified_edit.errors import MethodError, brief
+from unified_edit.model.tensor_files import read_json
 
 #: Layers of one cell: None are the method's own for the model.
 Layers = tuple[int, ...] | None
@@ -170,7 +170,7 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[Grid, ...]:
     """
     place = as_path(path, "the grid's file", MethodError)
     try:
-        found = json.loads(place.read_text(encoding="utf-8"))
+        found = read_json(place)
     except (OSError, ValueError) as problem:
         raise MethodError(f"{place} cannot be read as a grid ({problem}); give JSON") from problem
     try:

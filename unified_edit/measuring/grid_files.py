@@ -6,28 +6,26 @@
     FOLDER/MEMIT_b10_soft_s0/run/      in place of answers.jsonl where batches follow each other
     FOLDER/table.csv, table.json       the scores of all cells
 
-A cell is held by a lock of the system while somebody works on it. Such a lock goes when its process
-goes, however that ends, so that nothing has to be cleared away after a kill.
+A cell is held by a lock (`unified_edit.model.locks`) while somebody works on it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from unified_edit.editing.edits import Edit
 from unified_edit.errors import ReportFileError
 from unified_edit.measuring.answer_lines import differences, plain
 from unified_edit.measuring.report import Report
 from unified_edit.measuring.scores import Score
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.locks import taken
+from unified_edit.model.tensor_files import read_json, write_whole
 
 FORMAT = "unified_edit.cell/1"
 CELL, ANSWERS, EDITS, LOCK = "cell.json", "answers.jsonl", "edits.jsonl", "lock"
@@ -76,39 +74,28 @@ class CellFiles:
         about = {"format": FORMAT, "state": state, "common": self.common, "own": self.own}
         path = self.folder / CELL
         try:
-            with written_whole(path) as temporary:
-                text = json.dumps(plain({**about, **more}), indent=1, allow_nan=False)
-                temporary.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps(plain({**about, **more}), indent=1, allow_nan=False)
+            write_whole(path, text + "\n")
         except OSError as problem:
             raise ReportFileError(
                 f"{path} cannot be written: {problem}. Give another place, or make room there"
             ) from problem
 
-    @contextmanager
-    def taken(self) -> Iterator[bool]:
+    def taken(self) -> AbstractContextManager[bool]:
         """Inside, whether the cell is ours; False if another process, or thread, has it."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / LOCK, timeout=0, thread_local=False)
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
+            return taken(self.folder / LOCK)
         except OSError as problem:
             raise ReportFileError(
                 f"{self.folder} cannot be written: {problem}. Give another place"
             ) from problem
-        try:
-            yield True
-        finally:
-            lock.release()
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
     """The cell of a folder; None if there is none. Raises ReportFileError if it is damaged."""
     path = folder / CELL
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as problem:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -46,9 +46,6 @@ from unified_edit.model.ledger import ledger_of
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.statistics import KeyStatistics
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

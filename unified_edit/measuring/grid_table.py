@@ -26,7 +26,7 @@ from unified_edit.measuring.grid_files import (
     score,
 )
 from unified_edit.measuring.report import Report
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,8 +117,7 @@ class Sweep:
         }
         try:
             for name, text in texts.items():
-                with written_whole(self.folder / name) as temporary:
-                    temporary.write_text(text, encoding="utf-8", newline="")
+                write_whole(self.folder / name, text)
         except OSError as problem:
             raise ReportFileError(
                 f"{self.folder} cannot be written: {problem}. Make room there, and call again"

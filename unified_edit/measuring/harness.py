@@ -77,7 +77,7 @@ def harness_scores(
         limit = whole_number(limit, "limit", MethodError, least=1)
     size = whole_number(batch_size, "batch_size", MethodError, least=1)
     ledger = ledger_of(model)
-    with _own_randomness(model), quiet(model):
+    with own_randomness(), quiet(model):
         manager = manager_of(TaskManager, names, folder)
         with _hushed("lm_eval.models.huggingface"):
             # it gives a tokenizer without padding one, and others of ours are to stay as they are
@@ -193,11 +193,12 @@ def _number(value: Any) -> float:
 
 
 @contextmanager
-def _own_randomness(model: PreTrainedModel) -> Iterator[None]:
+def own_randomness() -> Iterator[None]:
     """The harness seeds Python's, numpy's and torch's generators: they go on as before after."""
     python, legacy = random.getstate(), np.random.get_state()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    # it seeds all cards, and a model may stand on several
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
         try:
             yield
         finally:

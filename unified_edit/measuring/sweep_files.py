@@ -14,7 +14,7 @@ from unified_edit.editing.editor import Editor
 from unified_edit.editing.methods import Method
 from unified_edit.errors import MethodError
 from unified_edit.facts import Record
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import write_whole
 from unified_edit.statistics import KeyStatistics
 
 FORMAT = "unified_edit.sweep/1"
@@ -82,8 +82,7 @@ class SweepFile:
             return
         lines = [json.dumps(one) for one in (self.made_from, *self.rows)]
         try:
-            with written_whole(self.path) as temporary:
-                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_whole(self.path, "\n".join(lines) + "\n")
         except OSError as problem:
             raise MethodError(
                 f"{self.path} cannot be written: {problem}. Give another place, or make room there"

@@ -8,7 +8,6 @@ at all, and one that is damaged is made again.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import tempfile
@@ -89,15 +88,6 @@ def origin(wanted: Mapping[str, str]) -> str:
     parts = (wanted["file"], wanted["quantisation"], f"sha256 {wanted['sha256']}")
     more = (wanted["package"] and f"package {wanted['package']}", wanted["licence"])
     return ", ".join([*parts, *(one for one in more if one)])
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file; ModelError if it cannot be read."""
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as problem:
-        raise ModelError(f"{path} cannot be read: {problem.strerror or problem}") from problem
 
 
 def dequantised(path: Path, sha256: str, dtype: torch.dtype, folder: Path) -> Dequantised:

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row by row."""
     plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return memoryview(plain.numpy())  # type: ignore[arg-type]
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file; ModelError if it cannot be read."""
+    try:
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as problem:
+        raise ModelError(f"{path} cannot be read: {problem.strerror or problem}") from problem
 
 
 def tensor_hash(tensor: Tensor) -> str:

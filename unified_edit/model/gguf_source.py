@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from unified_edit.errors import ModelError, brief
-from unified_edit.model.dequantised import sha256_of
+from unified_edit.model.fingerprints import sha256_of
 from unified_edit.model.gguf_header import is_gguf
 from unified_edit.model.loading_report import said
 from unified_edit.model.packages import PACKAGED, check_file, packaged_file

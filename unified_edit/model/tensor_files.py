@@ -1,4 +1,4 @@
-"""Files the library writes: safetensors, whole or not at all, and checked when read."""
+"""Files the library writes, whole or not at all: texts, and safetensors, checked when read."""
 
 from __future__ import annotations
 
@@ -44,6 +44,17 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all. Raises OSError where that fails."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON says. Raises OSError if it cannot be read, ValueError if it is none."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_safetensors(

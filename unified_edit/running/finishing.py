@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from unified_edit.errors import RunFolderError
 from unified_edit.measuring import Report, evaluate
 from unified_edit.measuring.answer_lines import plain
 from unified_edit.measuring.report import as_text
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import write_whole
 from unified_edit.running.pieces import PIECES, ValueStage
 from unified_edit.running.settings import ANSWERS, Settings
 from unified_edit.running.shares import StatisticsStage
 from unified_edit.running.status import EDIT, SUMMARY, RunState, duration, read_summary
-from unified_edit.running.workers import DEAD_AFTER
+from unified_edit.running.workers import DEAD_AFTER, seen_in, this_process
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +69,41 @@ def finish(
         edit.save(folder / EDIT)
     report = None
     if settings.records:
+        answers = own_answers(folder, edit.id)
         with _timed(times, "evaluating"), edit.applied():
             report = evaluate(
                 editor.model, editor.tokenizer, settings.records, seed=settings.seed,
-                to=folder / ANSWERS,
+                to=answers,
             )  # fmt: skip
+        answers.replace(folder / ANSWERS)
+        for left in _left_behind(folder, edit.id):
+            left.unlink(missing_ok=True)
     _write(folder, config, edit, report, times)
     collecting.clear()
     for path in (folder / PIECES).rglob(".*"):  # what a kill left half written
-        if time.time() - path.stat().st_mtime > DEAD_AFTER:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may be at the same
+            if time.time() - path.stat().st_mtime > DEAD_AFTER:
+                path.unlink()
     return True
+
+
+def own_answers(folder: Path, edit: str) -> Path:
+    """The file that this process answers into: two may be at it where there are no locks.
+
+    What one that is gone has left behind is gone on with; only one process can take it.
+    """
+    own = folder / f".{edit}-{'-'.join(map(str, this_process()))}-{ANSWERS}"
+    for left in _left_behind(folder, edit):
+        with suppress(FileNotFoundError):
+            return left.replace(own)
+    return own
+
+
+def _left_behind(folder: Path, edit: str) -> list[Path]:
+    """Unfinished answers about an edit that nobody else is at."""
+    others = (one.sign for one in seen_in(folder) if one.alive and not one.sign.ours)
+    theirs = {f".{edit}-{sign.host}-{sign.pid}-{ANSWERS}" for sign in others}
+    return [path for path in sorted(folder.glob(f".{edit}-*")) if path.name not in theirs]
 
 
 @contextmanager
@@ -111,7 +135,6 @@ def _write(
         "facts": len(edit.facts),
         "took": took,
         "steps": steps,
-        "processes": len({one.sign.name for one in state.workers}),
         "scores": None if report is None else report.to_dict(),
         "warnings": list(edit.warnings),
     }
@@ -125,10 +148,8 @@ def _write(
         ]
     )
     try:
-        with written_whole(folder / TEXT) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-        with written_whole(folder / SUMMARY) as temporary:
-            temporary.write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
+        write_whole(folder / TEXT, text + "\n")
+        write_whole(folder / SUMMARY, json.dumps(plain(summary), indent=1) + "\n")
     except OSError as problem:
         raise RunFolderError(
             f"{folder / SUMMARY} cannot be written: {problem}. Make room there, and start the run "

@@ -23,7 +23,7 @@ from unified_edit.editing import Editor, Plan, Values
 from unified_edit.editing.values_cache import keep_values, kept_values, made_from, values_path
 from unified_edit.errors import MethodError, RunFolderError
 from unified_edit.facts import Fact, members_of
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import read_json, write_whole
 from unified_edit.running.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,7 @@ def write_list(folder: Path, pieces: Iterable[Piece]) -> None:
     text = json.dumps([asdict(piece) for piece in pieces]) + "\n"
     try:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            with written_whole(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_whole(path, text)
     except OSError as problem:
         raise RunFolderError(
             f"{path} cannot be written: {problem}. Make room there, and start the run again"
@@ -172,7 +171,7 @@ def write_list(folder: Path, pieces: Iterable[Piece]) -> None:
 def read_list(folder: Path) -> list[Piece]:
     """The pieces that a folder says it has; none where no process came so far."""
     try:
-        found: list[dict[str, Any]] = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        found: list[dict[str, Any]] = read_json(folder / LIST)
         return [Piece(**{**one, "files": tuple(one["files"])}) for one in found]
     except FileNotFoundError:
         return []

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,9 +32,10 @@ from unified_edit.facts import (
     read_facts,
     read_records,
 )
-from unified_edit.measuring.answer_lines import differences, plain
-from unified_edit.model.tensor_files import written_whole
-from unified_edit.running.workers import seen_in
+from unified_edit.measuring.answer_lines import differences, digest_of, plain
+from unified_edit.model.tensor_files import read_json, write_whole
+from unified_edit.running.workers import seen_in, this_process
+from unified_edit.statistics.corpora import check_choice
 
 FORMAT = "unified_edit.run/1"
 CONFIG, FACTS, RECORDS = "config.json", "facts.jsonl", "records.jsonl"
@@ -123,25 +124,21 @@ class Settings:
                     f"statistics is a file of C0, and {told[0]} says how to collect C0; give one "
                     "of the two"
                 )
-        if made["texts"] and "dataset" in made:
-            raise StatisticsError("texts are files, and dataset is of the Hub; give one of the two")
+        check_choice(
+            made["texts"], made.get("split"), made.get("dataset"), made.get("dataset_config")
+        )
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; of facts and records their number and a digest."""
         shallow = {one.name: getattr(self, one.name) for one in fields(self)}
         for name in ("facts", "records"):
-            shallow[name] = {"count": len(shallow[name]), "sha256": _digest(shallow[name])}
+            shallow[name] = {"count": len(shallow[name]), "digest": digest_of(shallow[name])}
         return _jsonable({**shallow, "method": self.method.to_dict()})
 
 
 def _jsonable(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
-
-
-def _digest(items: Sequence[Any]) -> str:
-    text = json.dumps([asdict(one) for one in items], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -161,6 +158,13 @@ class Config:
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
+    def samples(self) -> tuple[Any, ...]:
+        """What prefixes are sampled from."""
+        asked, made_of = self.asked, self.made_of
+        spec = asked["method"]["contexts"], asked["seed"]
+        return *spec, made_of["fingerprint"], made_of["tokenizer"]
+
+    @property
     def digest(self) -> str:
         """A short name of it all."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:20]
@@ -176,7 +180,7 @@ class RunFolder:
         """What the folder says it is; None for a new one. RunFolderError if it is damaged."""
         path = self.path / CONFIG
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as problem:
@@ -238,19 +242,28 @@ class RunFolder:
         self._check(config, replace(config, asked=asked.to_dict()), accept_changes)
         return asked
 
-    def agree(self, settings: Settings, made_of: Mapping[str, Any], accept_changes: bool) -> Config:
+    def agree(
+        self,
+        settings: Settings,
+        made_of: Mapping[str, Any],
+        sample: Callable[[], Sequence[str]],
+        accept_changes: bool,
+    ) -> Config:
         """Write config.json, or hold it against the one that is there; return what holds.
 
-        Of several processes that begin at once, the first one writes. The prefixes are those of the
-        first one too: on another kind of machine they may be sampled otherwise.
+        Of several processes that begin at once, the first one writes. The prefixes, which `sample`
+        gives, are those of the first one too, as long as they would be sampled from the same: on
+        another kind of machine they may be others.
         """
         ours = Config(settings.to_dict(), _jsonable(made_of))
         there = self.config()
         if there is None:
+            ours.made_of["prefixes"] = list(sample())
             self._write(settings, ours, first=True)
             there = self.config()
             assert there is not None
-        ours.made_of["prefixes"] = there.made_of.get("prefixes", ours.made_of["prefixes"])
+        known = there.made_of.get("prefixes") if there.samples == ours.samples else None
+        ours.made_of["prefixes"] = known or list(sample())
         if self._check(there, ours, accept_changes):
             self._write(settings, ours, first=False)
             return ours
@@ -268,7 +281,7 @@ class RunFolder:
         living = [
             one.sign.name
             for one in seen_in(self.path)
-            if one.alive and one.sign.config == there.digest and one.sign.pid != os.getpid()
+            if one.alive and one.sign.config == there.digest and not one.sign.ours
         ]
         if living:
             raise RunFolderError(
@@ -288,13 +301,13 @@ class RunFolder:
         text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1) + "\n"
         try:
             if not first:
-                (self.path / ANSWERS).unlink(missing_ok=True)
+                for old in self.path.glob(f"*{ANSWERS}"):  # half finished ones begin with a dot
+                    old.unlink(missing_ok=True)
             _lines(self.path / FACTS, settings.facts)
             if settings.records:
                 _lines(self.path / RECORDS, settings.records)
-            with written_whole(path.with_suffix(f".{os.getpid()}")) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            ours = path.with_suffix(f".{os.getpid()}")
+            ours = path.with_name("{}.{}-{}".format(CONFIG, *this_process()))
+            write_whole(ours, text)
             try:
                 if first:
                     os.link(ours, path)  # fails where another was quicker, which holds then
@@ -313,6 +326,4 @@ class RunFolder:
 
 def _lines(path: Path, items: Iterable[Any]) -> None:
     """One JSON object a line."""
-    with written_whole(path) as temporary:
-        lines = (json.dumps(asdict(one)) + "\n" for one in items)
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(asdict(one)) + "\n" for one in items))

@@ -14,28 +14,19 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from unified_edit.editing import Editor
 from unified_edit.errors import StatisticsFileError
+from unified_edit.model.fingerprints import sha256_of
+from unified_edit.model.prompts import Encoder
 from unified_edit.running.pieces import PIECES, STATISTICS, Piece
 from unified_edit.running.settings import Settings
-from unified_edit.statistics import (
-    TOKENS_PER_DIMENSION,
-    KeyStatistics,
-    check_texts,
-    dataset_texts,
-    default_corpus,
-    file_texts,
-)
+from unified_edit.statistics import KeyStatistics, check_texts, chosen_texts
 from unified_edit.statistics.collect import GROUP
 
 log = logging.getLogger(__name__)
@@ -51,7 +42,7 @@ class StatisticsStage:
         self.folder, self.joined = folder / PIECES / STATISTICS, folder / STATISTICS
         self.pieces: tuple[Piece, ...] = ()
         if settings.statistics is not None:
-            self.given = KeyStatistics.load(settings.statistics)
+            self.given = KeyStatistics.lazily(settings.statistics)
             self.given.check_model(editor.ledger.fingerprint(), editor.parts.name)
             for layer in self.layers:
                 self.given.convergence(layer)  # says which layers there are
@@ -75,36 +66,31 @@ class StatisticsStage:
     def _paths(self) -> list[Path]:
         return [Path(path) for path in self.settings.texts]
 
-    @property
-    def _tokens(self) -> int | None:
-        """As the command `statistics` has it: all of one's own texts, enough of others."""
-        if self.settings.tokens is not None or self.settings.texts:
-            return self.settings.tokens
-        widths = [self.editor.parts.weight(layer).d_in for layer in self.layers]
-        return TOKENS_PER_DIMENSION * max(widths)
-
-    def _texts(self) -> Iterable[str]:
+    def _chosen(self) -> tuple[Iterator[str], int | None]:
+        """The texts from their beginning, and how many tokens of them."""
         asked = self.settings
-        if asked.texts:
-            return file_texts(self._paths, asked.split)
-        if asked.dataset is not None:
-            return dataset_texts(asked.dataset, asked.dataset_config, column=asked.column)
-        return default_corpus(self.editor.model)
+        return chosen_texts(
+            self.editor.model, self.layers, files=self._paths, split=asked.split,
+            dataset=asked.dataset, config=asked.dataset_config, column=asked.column,
+            tokens=asked.tokens,
+        )  # fmt: skip
 
     def _count(self) -> int:
         """So many shares as are asked for, but none of them empty; what is shrunk is short."""
         if self.settings.shrinkage or self.settings.shares == 1:
             return 1
         most = self.settings.shares * GROUP
-        some = sum(1 for _ in islice(self._texts(), most))
+        some = sum(1 for _ in islice(self._chosen()[0], most))
         return max(1, min(self.settings.shares, math.ceil(some / GROUP)))
 
     def _digest(self, fingerprint: str) -> str:
-        about: list[Any] = [fingerprint, version("unified_edit"), self.layers, self._tokens]
+        tokenizer = Encoder(self.editor.tokenizer, self.editor.parts).signature
+        about: list[Any] = [fingerprint, tokenizer, version("unified_edit")]
+        about += [self.layers, self._chosen()[1]]
         asked = self.settings
         about += [self._shares, asked.shrinkage, asked.split]
         about += [asked.dataset, asked.dataset_config, asked.column]
-        about += [[path.stat().st_size, _beginning(path)] for path in self._paths]
+        about += [sha256_of(path) for path in self._paths]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:20]
 
     def _path(self, share: int, layer: int) -> Path:
@@ -115,12 +101,13 @@ class StatisticsStage:
 
     def make(self, place: int) -> None:
         """One share of the text, at all layers."""
+        texts, tokens = self._chosen()
         found = KeyStatistics.collect(
             self.editor.model,
             self.editor.tokenizer,
-            self._texts(),
+            texts,
             self.layers,
-            tokens=self._tokens,
+            tokens=tokens,
             shrinkage=self.settings.shrinkage,
             part=(place, self._shares),
         )
@@ -141,7 +128,9 @@ class StatisticsStage:
                 return None
             KeyStatistics.joined(there).save(self._joined(layer))
         try:
-            return KeyStatistics.joined([_lazily(self._joined(layer)) for layer in self.layers])
+            return KeyStatistics.joined(
+                [KeyStatistics.lazily(self._joined(layer)) for layer in self.layers]
+            )
         except StatisticsFileError:
             for layer in self.layers:
                 self._joined(layer).unlink(missing_ok=True)
@@ -151,7 +140,7 @@ class StatisticsStage:
     def _part(self, share: int, layer: int) -> KeyStatistics | None:
         path = self._path(share, layer)
         try:
-            return _lazily(path)
+            return KeyStatistics.lazily(path)
         except StatisticsFileError as problem:
             log.warning("a share of the text is counted again: %s", problem)
             path.unlink(missing_ok=True)
@@ -162,20 +151,3 @@ class StatisticsStage:
         if self.given is None:
             for path in self.folder.glob(f"{self._name}-*.safetensors"):
                 path.unlink(missing_ok=True)
-
-
-def _beginning(path: Path) -> str:
-    """A hash of the first MiB of a file: with its size enough to tell that it is another one."""
-    with path.open("rb") as handle:
-        return hashlib.sha256(handle.read(2**20)).hexdigest()
-
-
-def _lazily(path: Path) -> KeyStatistics:
-    """Statistics of a file whose C0 is read when it is asked for, and not kept."""
-    found = KeyStatistics.load(path)
-    moments: dict[int, Any] = {layer: partial(_again, path, layer) for layer in found.layers}
-    return replace(found, moments=moments)
-
-
-def _again(path: Path, layer: int) -> Tensor:
-    return KeyStatistics.load(path).C0(layer)

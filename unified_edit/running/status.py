@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unified_edit.editing import Edit
 from unified_edit.errors import RunFolderError
+from unified_edit.model.tensor_files import read_json
 from unified_edit.running.pieces import STATISTICS, VALUES, Piece, files_there, read_list
 from unified_edit.running.settings import Config, RunFolder
 from unified_edit.running.workers import FAILED, WORKING, Seen, seen_in
@@ -174,7 +174,7 @@ def _line(seen: Seen) -> str:
 def read_summary(folder: Path, config: str) -> dict[str, Any] | None:
     """What came out of the run with this configuration; None before its end."""
     try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        found = read_json(folder / SUMMARY)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as problem:

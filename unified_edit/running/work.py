@@ -14,17 +14,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from unified_edit.editing import Editor, Method, load_model
 from unified_edit.editing.prefixes import prefixes_key
 from unified_edit.errors import RunFolderError
 from unified_edit.facts import Conflict, Fact, Record, SharedSubject, read_facts
+from unified_edit.model.locks import taken
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
 from unified_edit.running.finishing import finish, is_finished
@@ -32,7 +32,7 @@ from unified_edit.running.pieces import Piece, Stage, ValueStage, files_there, w
 from unified_edit.running.settings import RunFolder, Settings
 from unified_edit.running.shares import StatisticsStage
 from unified_edit.running.status import SUMMARY, RunState, duration, time_left
-from unified_edit.running.workers import Share, Worker
+from unified_edit.running.workers import Share, Worker, own_device
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,8 @@ def run(
         `KeyStatistics.collect`.
     piece: facts of one piece; what is lost at most when a process is killed.
     seed, on_shared_subject, on_conflict: as in `edit`.
-    device: of this process; "cuda" is the card of its place on the machine (``LOCAL_RANK``).
+    device: of this process; "cuda" is the card of its place on the machine, as `torchrun`,
+        `mpirun` or SLURM tell it.
     gather: None: whoever finds all pieces there solves and writes the edit. False: only pieces are
         computed. True: only that last step; RunFolderError where pieces are missing.
     accept_changes: go on though the configuration, model or versions are not what they were. Pieces
@@ -107,14 +108,17 @@ def run(
         "on_shared_subject": on_shared_subject, "on_conflict": on_conflict,
     }  # fmt: skip
     settings = place.chosen(asked, accept_changes=accept_changes)
-    opened, tokenizer = load_model(**settings.loading, device=_device(device))
+    opened, tokenizer = load_model(**settings.loading, device=own_device(device))
     editor = Editor(opened, tokenizer, seed=settings.seed)
     made_of = {
         "fingerprint": editor.ledger.fingerprint(wholly=True),
         "tokenizer": Encoder(tokenizer, editor.parts).signature,
-        "prefixes": list(editor.prefixes(settings.method.resolve(editor.parts).contexts)),
     }
-    config = place.agree(settings, made_of, accept_changes)
+
+    def prefixes() -> Sequence[str]:
+        return editor.prefixes(settings.method.resolve(editor.parts).contexts)
+
+    config = place.agree(settings, made_of, prefixes, accept_changes)
     if is_finished(place.path, config.digest):
         log.info("%s is finished: see %s", place.path, place.path / SUMMARY)
         return RunState.read(place.path)
@@ -153,13 +157,6 @@ def _facts(given: Any) -> Any:
     return read_facts(given) if isinstance(given, (str, os.PathLike)) else given
 
 
-def _device(device: str | torch.device | None) -> str | torch.device | None:
-    """Each process of a machine its own card."""
-    if str(device) == "cuda" and (place := os.environ.get("LOCAL_RANK", "")).isdigit():
-        return f"cuda:{int(place) % max(1, torch.cuda.device_count())}"
-    return device
-
-
 def _use_prefixes(editor: Editor, settings: Settings, prefixes: Sequence[str]) -> None:
     """Those that the first process sampled: on another kind of machine they may be others."""
     parts, ledger = editor.parts, editor.ledger
@@ -172,26 +169,16 @@ def _use_prefixes(editor: Editor, settings: Settings, prefixes: Sequence[str]) -
     editor.memory.put(key, tuple(prefixes), sum(map(len, prefixes)))
 
 
-@contextmanager
-def _alone(place: RunFolder) -> Iterator[bool]:
-    """Inside, whether the last step is ours; a lock of the system goes with its process.
+def _alone(place: RunFolder) -> AbstractContextManager[bool]:
+    """Inside, whether the last step is ours.
 
     Where the file system has no locks it is anybody's: to solve twice costs time, and no harm.
     """
-    lock = FileLock(place.path / LOCK, timeout=0, thread_local=False)
     try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    except (OSError, NotImplementedError) as problem:
+        return taken(place.path / LOCK)
+    except OSError as problem:
         log.warning("%s has no locks (%s)", place.path, problem)
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+        return nullcontext(True)
 
 
 class Work:

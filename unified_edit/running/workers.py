@@ -24,14 +24,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from unified_edit.errors import RunFolderError
-from unified_edit.model.tensor_files import written_whole
+from unified_edit.model.tensor_files import read_json, write_whole
 
 #: Seconds between two signs of life.
 BEAT = 5.0
 #: Seconds without one after which a process counts as dead: a dozen lost beats.
 DEAD_AFTER = 60.0
 FOLDER = "workers"
+#: Where the place of a process among those of its machine stands.
+PLACES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 #: Where a process stands.
 WORKING, ENDED, FAILED = "working", "ended", "failed"
@@ -64,6 +68,22 @@ class Share:
         return self.rank * pieces // self.processes
 
 
+def own_device(
+    device: str | torch.device | None, environment: Mapping[str, str] = os.environ
+) -> str | torch.device | None:
+    """Each process of a machine its own card, where "cuda" is asked for; anything else as it is."""
+    if str(device) == "cuda":
+        for name in PLACES:
+            if (place := environment.get(name, "")).isdigit():
+                return f"cuda:{int(place) % max(1, torch.cuda.device_count())}"
+    return device
+
+
+def this_process() -> tuple[str, int]:
+    """Host and pid: machines that see one folder may have a pid in common."""
+    return socket.gethostname(), os.getpid()
+
+
 @dataclass(frozen=True)
 class Sign:
     """What a process says of itself.
@@ -93,6 +113,11 @@ class Sign:
     def name(self) -> str:
         """What its files are called."""
         return f"{self.host}-{self.pid}" + (f"-{self.number}" if self.number > 1 else "")
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is of this process."""
+        return (self.host, self.pid) == this_process()
 
 
 @dataclass(frozen=True)
@@ -130,7 +155,7 @@ def seen_in(folder: Path) -> Iterator[Seen]:
     for path in sorted((folder / FOLDER).glob("*.json")):
         try:
             age = time.time() - path.stat().st_mtime
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             yield Seen(Sign(**{name: found[name] for name in names & found.keys()}), age)
         except (OSError, ValueError, TypeError, AttributeError):
             continue  # it went meanwhile, or is nobody's: no reason to stop
@@ -152,8 +177,7 @@ class Worker:
     def __init__(self, folder: Path, share: Share, *, device: str, config: str) -> None:
         self.folder = folder
         self.sign = Sign(
-            socket.gethostname(), os.getpid(), share.rank, share.processes, device, config,
-            time.time(),
+            *this_process(), share.rank, share.processes, device, config, time.time()
         )  # fmt: skip
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
@@ -218,12 +242,8 @@ class Worker:
 
     def others(self) -> list[Sign]:
         """The living processes that work on the same, without this one."""
-        ours, living = self.sign, (one.sign for one in seen_in(self.folder) if one.alive)
-        return [
-            sign
-            for sign in living
-            if sign.config == ours.config and (sign.host, sign.pid) != (ours.host, ours.pid)
-        ]
+        living = (one.sign for one in seen_in(self.folder) if one.alive)
+        return [sign for sign in living if sign.config == self.sign.config and not sign.ours]
 
     def _say(self, **changes: Any) -> None:
         self.sign = replace(self.sign, **changes)
@@ -231,8 +251,7 @@ class Worker:
 
     def _write(self) -> None:
         try:
-            with written_whole(self.path) as temporary:
-                temporary.write_text(json.dumps(asdict(self.sign), indent=1), encoding="utf-8")
+            write_whole(self.path, json.dumps(asdict(self.sign), indent=1))
         except OSError as problem:
             raise RunFolderError(
                 f"{self.path} cannot be written: {problem}. Make room there, and start the run "

@@ -13,13 +13,10 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from unified_edit.arguments import as_path
@@ -27,7 +24,7 @@ from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.memory import memory_of
-from unified_edit.statistics.corpora import default_corpus
+from unified_edit.statistics.corpora import default_corpus, enough_tokens
 from unified_edit.statistics.key_statistics import KeyStatistics
 from unified_edit.statistics.sums import PARTIAL
 
@@ -35,9 +32,6 @@ log = logging.getLogger(__name__)
 
 #: Environment variable that overrides where statistics are kept.
 VARIABLE = "UNIFIED_EDIT_CACHE"
-#: Tokens of the default corpus for each entry of a key. Ten are enough for edits (arXiv
-#: 2506.04226); with twenty, the two halves of the text agree as well as `convergence` asks.
-TOKENS_PER_DIMENSION = 20
 
 
 def cache_folder() -> Path:
@@ -64,7 +58,7 @@ def statistics_for(
         path = _path(folder, layer)
         if path.exists() and 8 * one.width(layer) ** 2 * len(layers) > memory.limit:
             # too much for all layers together: C0 is read and factored where it is asked for
-            found[layer] = replace(one, moments={layer: partial(_moment, path, layer)}, _metrics={})
+            found[layer] = one.unread(path)
             return
         # what is kept is the factor; C0 is read again where it is asked for
         one.metric(layer, parts.weight(layer).parameter.device)
@@ -86,10 +80,6 @@ def statistics_for(
 
 def _path(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer}.safetensors"
-
-
-def _moment(path: Path, layer: int) -> Tensor:
-    return KeyStatistics.load(path).C0(layer)
 
 
 def _read(
@@ -138,7 +128,7 @@ def _collected(
         tokenizer,
         default_corpus(model),
         layers,
-        tokens=TOKENS_PER_DIMENSION * max(parts.weight(layer).d_in for layer in layers),
+        tokens=enough_tokens(parts, layers),
         checkpoint=folder / f"partial-{run[:12]}.safetensors",
     )
     each = {layer: made.only(layer) for layer in layers}

@@ -16,9 +16,13 @@ from unified_edit.arguments import as_path
 from unified_edit.atlas.corpus import texts
 from unified_edit.atlas.knowledge import load_knowledge
 from unified_edit.errors import StatisticsError, StatisticsFileError, brief
+from unified_edit.model.anatomy import Anatomy, anatomy
 
 #: Texts of WikiText and Wikipedia with fewer characters are headings and stubs, and no prose.
 PROSE = 201
+#: Tokens of a corpus for each entry of a key. Ten are enough for edits (arXiv 2506.04226); with
+#: twenty, the two halves of the text agree as well as `convergence` asks.
+TOKENS_PER_DIMENSION = 20
 
 
 def wikitext_extract() -> list[str]:
@@ -60,6 +64,50 @@ def default_corpus(model: PreTrainedModel) -> Iterator[str]:
             "stats = KeyStatistics.collect(model, tokenizer, texts, layers=[...]) and "
             "edit(..., statistics=stats)"
         ) from problem
+
+
+def enough_tokens(parts: Anatomy, layers: Sequence[int]) -> int:
+    """How many tokens of a corpus C0 of these layers is collected from."""
+    widths = [parts.weight(layer).d_in for layer in parts.check_layers(layers)]
+    return TOKENS_PER_DIMENSION * max(widths)
+
+
+def chosen_texts(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    *,
+    files: Sequence[Path] = (),
+    split: str | None = None,
+    dataset: str | None = None,
+    config: str | None = None,
+    column: str = "text",
+    tokens: int | None = None,
+) -> tuple[Iterator[str], int | None]:
+    """The texts that C0 of these layers is to be collected from, and how many tokens of them.
+
+    One's own `files` (None: all of their tokens), else a `dataset` of the Hub, else the model's
+    default corpus (`enough_tokens`). Raises StatisticsError for a data set besides files, and for
+    `split` and `config` without what they are of; and what the texts themselves raise.
+    """
+    check_choice(files, split, dataset, config)
+    if files:
+        return file_texts(files, split), tokens
+    enough = tokens or enough_tokens(anatomy(model), layers)
+    if dataset is not None:
+        return dataset_texts(dataset, config, column=column), enough
+    return default_corpus(model), enough
+
+
+def check_choice(
+    files: Sequence[object], split: str | None, dataset: str | None, config: str | None
+) -> None:
+    """Raise StatisticsError unless these go together; see `chosen_texts`."""
+    if files and dataset is not None:
+        raise StatisticsError("texts are files, and dataset is of the Hub; give one of the two")
+    if split is not None and not files:
+        raise StatisticsError(f"split={split!r} is of use with files of texts only")
+    if config is not None and dataset is None:
+        raise StatisticsError(f"the configuration {config!r} is of use with a dataset only")
 
 
 def wikipedia(language: str = "en", date: str = "20231101") -> Iterator[str]:

@@ -31,7 +31,7 @@ from unified_edit.model.prompts import Encoder
 from unified_edit.objective import Metric
 from unified_edit.statistics.collect import Job, Source, checkpoints, collect
 from unified_edit.statistics.convergence import warn
-from unified_edit.statistics.files import Content, read, write
+from unified_edit.statistics.files import Content, moment_of, read, write
 from unified_edit.statistics.joining import Part, added_up, check_alike
 from unified_edit.statistics.shares import Counted, checked_part
 from unified_edit.statistics.sums import check_enough, shrink_in_place
@@ -69,9 +69,8 @@ class KeyStatistics:
     @property
     def nbytes(self) -> int:
         """Bytes of the matrices in memory: moments that are not on disk, and factors."""
-        factors = [metric.factor for metric in self._metrics.values()]
-        held = [one for one in self.moments.values() if isinstance(one, Tensor)] + factors
-        return sum(one.nbytes for one in held)
+        held = [one for one in self.moments.values() if isinstance(one, Tensor)]
+        return self._factor_bytes + sum(one.nbytes for one in held)
 
     def C0(self, layer: int) -> Tensor:
         """The mean second moment at `layer`, :eq:`preserve-c0`: (d_k x d_k, float64)."""
@@ -304,9 +303,8 @@ class KeyStatistics:
             items = [item for one in found for item in getattr(one, name).items()]
             return {layer: value for layer, value in items if layers is None or layer in layers}
 
-        names = ("moments", "agreement", "fresh", "_metrics")
-        moments, agreement, fresh, metrics = (all_of(name) for name in names)
-        return cls(found[0].source, moments, agreement, metrics, found[0].counted, fresh)
+        moments, agreement, metrics = map(all_of, ("moments", "agreement", "_metrics"))
+        return cls(found[0].source, moments, agreement, metrics, found[0].counted, all_of("fresh"))
 
     @classmethod
     def _added_up(cls, each: Sequence[KeyStatistics]) -> KeyStatistics:
@@ -337,14 +335,16 @@ class KeyStatistics:
         found = read(path)
         return cls(found.source, {**found.moments}, found.agreement, {}, *found[3:])
 
+    @classmethod
+    def lazily(cls, path: str | Path) -> KeyStatistics:
+        """As `load`, but C0 is not kept: it is read where it is asked for."""
+        return cls.load(path).unread(path)
+
+    def unread(self, path: str | Path | None) -> KeyStatistics:
+        """The same without C0, which is read from `path` where it is asked for, and factors."""
+        moments: dict[int, Any] = {layer: partial(moment_of, path, layer) for layer in self.layers}
+        return replace(self, moments=moments, _metrics={})
+
     def factored(self, path: Path | None = None) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""
-
-        def again(layer: int) -> Tensor:
-            if path is None:
-                raise StatisticsError("C0 was not kept beside its factor; collect it again")
-            return KeyStatistics.load(path).C0(layer)
-
-        metrics = {layer: self.metric(layer) for layer in self.layers}
-        moments: dict[int, Any] = {layer: partial(again, layer) for layer in self.layers}
-        return replace(self, moments=moments, _metrics=metrics)
+        return replace(self.unread(path), _metrics={one: self.metric(one) for one in self.layers})
