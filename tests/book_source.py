@@ -17,7 +17,7 @@ PARTS = (
     ("objective", "rome", "memit", "emmet", "bridge", "values", "spreading"),
     ("real_model", "real_locating", "real_edits"),
     ("one_fact", "mass_editing", "batches", "hook_layers", "four_corners", "breaks", "big_models"),
-    ("relations", "concepts"),
+    ("relations", "concepts", "where_this_goes"),
 )
 
 _OPEN = re.compile(r"^ {0,3}(?P<fence>`{3,}|~{3,}|:{3,})(?P<info>.*)$")

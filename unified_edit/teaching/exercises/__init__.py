@@ -54,6 +54,10 @@ from unified_edit.teaching.exercises.the_objective import (
     check_strip,
 )
 from unified_edit.teaching.exercises.value import check_kl, check_project, check_value_loss
+from unified_edit.teaching.exercises.where_this_goes import (
+    check_gradient_update,
+    check_low_curvature,
+)
 
 __all__ = [
     "ExerciseError",
@@ -72,10 +76,12 @@ __all__ = [
     "check_filter",
     "check_frontier",
     "check_gated",
+    "check_gradient_update",
     "check_harmonic",
     "check_held_and_weighed",
     "check_kl",
     "check_least_squares",
+    "check_low_curvature",
     "check_mean_logp",
     "check_merged_scores",
     "check_mixed_cost",
