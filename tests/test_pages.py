@@ -614,6 +614,44 @@ def test_a_link_with_rubbish_is_called_so(alone: Visit) -> None:
     assert alone.complaints == []
 
 
+def test_each_why_opens_a_section_that_is_there() -> None:
+    told = (BOOK / "live" / "src" / "editor.js").read_text(encoding="utf-8")
+    links = re.findall(r'\["([\w-]+\.html)#([\w-]+)", ', told)
+    assert len(links) == len(re.findall(r"^  \w+: \[", told, re.MULTILINE)) > 10
+    for page, section in links:
+        assert section in anchors(FOLDER / page).ids, f"{page}#{section}"
+
+
+def test_keys_alone_edit_undo_and_a_link_in_the_same_tab_restores(alone: Visit) -> None:
+    alone.open(LIVING)
+    page = come_alive(alone)
+    page.wait_for_function(SAYS, arg="Paris")
+    assert page.evaluate("document.activeElement.className") == "living-front"
+    page.focus("#living-new-object")
+    page.keyboard.press("Enter")
+    page.wait_for_function(SAYS, arg="Rome")
+    page.wait_for_function("document.querySelector('.living-told').textContent.includes('Written')")
+    page.focus("#living-lam")
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("location.hash && document.querySelector('#living-lam').value === '10'")
+    assert page.get_attribute("#living-lam", "aria-valuetext") == "75 % of it is written"
+    page.wait_for_timeout(1000)  # the address follows when the slider has come to rest
+    link, numbers = page.evaluate("location.hash"), page.inner_text(".living-numbers")
+    page.focus(".living-undo")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")  # a second press finds it gone, and says nothing wrong
+    page.wait_for_function(SAYS, arg="Paris")
+    assert page.evaluate("document.activeElement.className") == "living-go"
+    page.evaluate("link => { location.hash = link }", link)
+    page.wait_for_function(
+        "document.querySelector('.living-told').textContent.includes('nothing optimised again')"
+    )
+    assert page.inner_text(".living-numbers") == numbers
+    assert "is here" in page.inner_text(".living-status")
+    assert (alone.requests, alone.complaints) == ([], [])
+
+
 def test_half_a_model_says_so_and_can_be_loaded_again(alone: Visit) -> None:
     alone.open(LIVING)
     alone.page.evaluate("""() => {

@@ -160,6 +160,8 @@ def example(
         for (text, word), was, now_ in zip(texts, before, now, strict=True)
     )
     [update] = edit.updates.values()
+    length = _why("emmet.html#one-column-of-multipliers-a-fact", "the length of Δ")
+    cost = _why("preserving.html#counting-what-changes", "the preservation cost")
     return Living(
         "edit",
         f"<p>Here is one edit that the library made: <em>{escape(fact.text)}</em> "
@@ -167,9 +169,18 @@ def example(
         '<table class="living-table"><thead><tr><th scope="col">sentence</th>'
         '<th scope="col">next word</th><th scope="col">probability, before → now</th></tr></thead>'
         f"<tbody>{lines}</tbody></table><p>One matrix was changed, by a Δ of length "
-        f"{float(update.delta.norm()):.1f} that costs "
-        f"{update.diagnosis.preservation_error:.1f}.</p>",
+        f"{float(update.delta.norm()):.1f} {length} that costs "
+        f"{update.diagnosis.preservation_error:.1f} {cost}.</p>",
         invitation="Edit a fact yourself",
+    )
+
+
+def _why(section: str, about: str) -> str:
+    """A link to the section that explains a number, as the living page has them."""
+    label = f"why? {about} (opens another tab)"
+    return (
+        f'<a class="living-why" href="{section}" target="_blank" rel="noopener" '
+        f'aria-label="{label}">why?</a>'
     )
 
 

@@ -42,7 +42,7 @@ class Client {
       if (data.news) return void found.news(data.news);
       this.waiting.delete(data.number);
       if (data.problem === undefined) found.resolve(data.found);
-      else found.reject(data.refused ? new Told(data.problem) : new Error(data.problem));
+      else found.reject(data.refused ? new Told(data.problem, data.refused) : new Error(data.problem));
     };
     this.worker.onerror = () => {
       const lost = new Told("The model stopped: this device may have too little memory. Reload the page.");
@@ -78,7 +78,11 @@ class Client {
       for (const watch of this.watchers) watch(this.pieces + 1, all);
     }
     const plain = new URLSearchParams(location.search).has("plain"); // for comparison
-    return this.ask("start", { kernel: CODE, plain });
+    return this.ask("start", { kernel: CODE, plain }).catch((problem) => {
+      this.pieces = 0; // the worker has let them go
+      throw problem instanceof Told ? problem : new Told(
+        `The model could not be put together here; this device may have too little memory. (${problem.message})`);
+    });
   }
 
   /** One script of the model's bytes, handed on. @param {number} wanted @returns {Promise<number>} */

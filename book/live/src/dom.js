@@ -1,7 +1,13 @@
 /** Elements in one line, and two small drawings. */
 
-/** What went wrong, in a sentence for the reader. */
-export class Told extends Error {}
+/** What went wrong, in a sentence for the reader; `about` names the field that it is about. */
+export class Told extends Error {
+  /** @param {string} message @param {string} [about] */
+  constructor(message, about = "") {
+    super(message);
+    this.about = about;
+  }
+}
 
 const SVG = "http://www.w3.org/2000/svg";
 const DRAWN = new Set(["svg", "path", "circle", "text", "line", "g"]);
@@ -74,15 +80,23 @@ export function field(label, value, hint, more = {}) {
 
 /** @typedef {ReturnType<typeof field>} Field */
 
-/** Do something; what the reader did wrong is told beside a field.
- * @param {Field} where @param {() => Promise<void>} what */
-export async function trying(where, what) {
+/** Do something; what the reader did wrong is told beside a field: `where`, or the one of `fields`
+ * that the problem names, which the reader is then led to. Returns whether all went well.
+ * @param {Field} where @param {() => Promise<void>} what @param {Record<string, Field>} [fields] */
+export async function trying(where, what, fields) {
   try {
-    where.complain("");
+    for (const one of fields ? Object.values(fields) : [where]) one.complain("");
     await what();
+    return true;
   } catch (problem) {
-    if (!(problem instanceof Told)) throw problem;
-    if (problem.message) where.complain(problem.message);
+    const found = (problem instanceof Told && fields?.[problem.about]) || where;
+    if (problem instanceof Told) found.complain(problem.message);
+    else {
+      console.error(problem); // a mistake of the page's own: it is not to pass in silence
+      found.complain(`The page failed at this: ${problem instanceof Error ? problem.message : problem}`);
+    }
+    if (fields) found.input.focus();
+    return false;
   }
 }
 

@@ -4,11 +4,12 @@
 import { client } from "./client.js";
 import { h } from "./dom.js";
 import { editor } from "./editor.js";
+import { editsOf } from "./link.js";
 import { pieces } from "./pieces.js";
 
 /** What a piece is given: where it stands, and the model's description once it is there.
  * @typedef {{root: HTMLElement, say: (text: string) => void}} Place */
-/** @typedef {{node: HTMLElement, started: (about: any) => void | Promise<void>}} Piece */
+/** @typedef {{node: HTMLElement, started: (about: any) => void | Promise<any>}} Piece */
 /** @type {Record<string, (place: Place) => Piece>} */
 const KINDS = { edit: editor, soften: (place) => editor(place, true), ...pieces };
 
@@ -21,16 +22,22 @@ function alive(root) {
   const bar = h("progress", { class: "living-progress", max: 1, value: 0, hidden: true, "aria-label": "loading the model" });
   const button = h("button", { type: "button", class: "living-load" }, root.dataset.invitation ?? "Try it here");
   const size = h("span", { class: "living-size" }, `loads ${megabytes} MB from the book's own folder, no network`);
-  const front = h("div", { class: "living-front" }, button, size, bar, status);
+  const front = h("div", { class: "living-front", tabindex: -1 }, button, size, bar, status);
   root.prepend(front);
+  const say = (/** @type {string} */ text) => {
+    if (status.textContent !== text) status.textContent = text; // or it would be read out again
+  };
   /** @type {Piece | undefined} */
   let piece;
+  let loading = false;
   button.addEventListener("click", async () => {
-    button.disabled = true;
+    if (loading) return;
+    loading = true;
+    button.setAttribute("aria-disabled", "true"); // it keeps its focus, which a disabled one would lose
     bar.hidden = false;
     status.textContent = "";
     if (!piece) {
-      const made = make({ root, say: (text) => (status.textContent = text) });
+      const made = make({ root, say });
       piece = made;
       // its places are kept free from now on, so that nothing moves when numbers come
       for (const one of root.querySelectorAll(":scope > .living-baked")) one.setAttribute("hidden", "");
@@ -39,18 +46,26 @@ function alive(root) {
     try {
       const about = await client.load((done, all) => (bar.value = done / all));
       bar.hidden = true;
+      const held = document.activeElement === button;
       button.hidden = size.hidden = true;
+      if (held) front.focus({ preventScroll: true }); // the next Tab goes on from here
       status.textContent = `The model is here (${about.kernel}).`;
       await piece.started(about);
     } catch (problem) {
-      button.disabled = false;
+      button.removeAttribute("aria-disabled");
       bar.hidden = true;
       button.textContent = "Try again";
       status.textContent = problem instanceof Error ? problem.message : String(problem);
     }
+    loading = false;
   });
-  if (root.dataset.living === "edit" && location.hash.startsWith("#edits=")) {
-    status.textContent = "This link carries edits. Load the model to write them.";
+  const linked = () => {
+    const found = button.hidden ? null : editsOf(location.hash);
+    if (found) status.textContent = found instanceof Error ? found.message : "This link carries edits. Load the model to write them.";
+  };
+  if (root.dataset.living === "edit") {
+    linked();
+    window.addEventListener("hashchange", linked);
   }
 }
 

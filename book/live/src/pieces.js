@@ -79,7 +79,9 @@ function again() {
   /** @type {any} */
   let about = null;
   go.addEventListener("click", async () => {
-    go.disabled = true;
+    if (go.getAttribute("aria-disabled") === "true") return;
+    go.setAttribute("aria-disabled", "true"); // it keeps its focus
+    told.setAttribute("aria-live", "off"); // ten edits are heard once, at the end
     await client.ask("reset");
     const edits = chosenOf(about.knowledge), first = edits[0], points = /** @type {number[][]} */ ([]);
     for (const [i, fact] of edits.entries()) {
@@ -91,9 +93,10 @@ function again() {
       const shown = [`${text} ${fact.target}`, chance(own), chance(of)];
       rows[i].cells.forEach((/** @type {HTMLElement} */ cell, /** @type {number} */ j) => (cell.textContent = shown[j]));
       line.draw(points, points[points.length - 1]);
+      if (i === 9) told.removeAttribute("aria-live");
       told.textContent = `${i + 1} of 10. The first one has ${chance(of)} now.`;
     }
-    go.disabled = false;
+    go.removeAttribute("aria-disabled");
     go.textContent = "Once more from the beginning";
   });
   const table = h("table", { class: "living-table" },

@@ -6,8 +6,14 @@
 /** A row: what is fed, the subject's last place, and the tokens that should follow.
  * @typedef {{ids: number[], subject: number, target: number[]}} FactRow */
 
-/** What a reader did that cannot be done, in a sentence for beside the field. */
-export class Refused extends Error {}
+/** What a reader did that cannot be done, in a sentence for beside the field that it is about. */
+export class Refused extends Error {
+  /** @param {string} message @param {"subject" | "sentence" | "object"} [about] */
+  constructor(message, about = "sentence") {
+    super(message);
+    this.about = about;
+  }
+}
 
 /** @param {Fact} fact */
 export const textOf = (fact) => fact.prompt.replace("{}", () => fact.subject);
@@ -36,11 +42,11 @@ export function rowsOf(tokenizer, fact, prefixes, longest) {
 
 /** @param {Fact} fact */
 function check(fact) {
-  if (!fact.subject.trim()) throw new Refused("Name a subject: the words that the fact is about.");
+  if (!fact.subject.trim()) throw new Refused("Name a subject: the words that the fact is about.", "subject");
   if (fact.prompt.split("{}").length !== 2) {
     throw new Refused("The subject must stand in the sentence, once.");
   }
-  if (!fact.target.trim()) throw new Refused("Name the new object.");
+  if (!fact.target.trim()) throw new Refused("Name the new object.", "object");
 }
 
 /** @param {FactRow} row @param {number} longest */
@@ -56,6 +62,6 @@ function lastOf(found, start, end) {
   found.spans.forEach(([a, b], i) => {
     if (a < end && b > start) last = i;
   });
-  if (last < 0) throw new Refused("The tokenizer sees no word in this subject.");
+  if (last < 0) throw new Refused("The tokenizer sees no word in this subject.", "subject");
   return last;
 }

@@ -94,7 +94,7 @@ export class Session {
   *edit(fact) {
     const began = performance.now(), losses = [];
     if (this.probability(textOf(fact), fact.target) > 0.9) {
-      throw new Refused(`The model says "${fact.target}" already. Choose another new object.`);
+      throw new Refused(`The model says "${fact.target}" already. Choose another new object.`, "object");
     }
     const ready = this.prepared(fact), steps = optimised(this.model, ready, this.recipe);
     for (;;) {

@@ -108,6 +108,6 @@ self.onmessage = async ({ data }) => {
     self.postMessage({ number, found: await answers[what](ask, say) });
   } catch (problem) {
     const told = problem instanceof Error ? problem.message : String(problem);
-    self.postMessage({ number, problem: told, refused: problem instanceof Refused });
+    self.postMessage({ number, problem: told, refused: problem instanceof Refused && problem.about });
   }
 };
