@@ -188,7 +188,7 @@ SHOWN_LINES = {
     ("big_models",): 110,
     ("concepts",): 96,
     ("relations",): 60,
-    ("where_this_goes",): 60,
+    ("where_this_goes",): 69,
 }
 COLUMNS = 80
 #: Pixels: a hundred an inch. Letters of wider figures cannot be read on a phone.
