@@ -137,27 +137,69 @@ class _Waits(TorchDispatchMode):
     """Counts what a GPU would have to be waited for: numbers and sizes that only it knows."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+    #: What reads a tensor back without any operation of its own.
+    READS = ("tolist", "numpy", "cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.inside = 0, False
+        for name in self.READS:
+            monkeypatch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+
+    def _counted(self, usual: Any) -> Any:
+        def read(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.count += self.inside
+            return usual(tensor, *args, **kwargs)
+
+        return read
+
+    def __enter__(self) -> _Waits:
+        self.inside = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self.inside = False
+        super().__exit__(*problem)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__ in self.NAMES
+        name = func.overloadpacket.__name__
+        self.count += name in self.NAMES
+        if name in ("index", "index_put", "index_put_"):  # of a mask the size is not known
+            indices = [one for one in args[1] if one is not None]
+            self.count += any(one.dtype in (torch.bool, torch.uint8) for one in indices)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("cutoff", [0.0, -3.0, 0.999999])
-def test_no_step_waits_for_the_device(tiny_either, tiny_tokenizer, cutoff) -> None:
+def test_no_step_waits_for_the_device(tiny_either, tiny_tokenizer, cutoff, monkeypatch) -> None:
+    """Steps between two looks: as many waits for two of them as for six."""
     family, model = tiny_either
+    monkeypatch.setattr(descent, "steps_between_looks", lambda _device: 50)
     waits = []
     for steps in (2, 6):
         method = tiny_method(ue.EMMET, family, steps=steps, stop_loss=1e-9, prob_cutoff=cutoff)
         optimise_values(model, tiny_tokenizer, TINY_FACTS, method)
-        with _Waits() as counted:
+        with monkeypatch.context() as patch, _Waits(patch) as counted:
             optimise_values(model, tiny_tokenizer, TINY_FACTS, method)
         waits.append(counted.count)
-    assert waits[0] == waits[1]
+    assert waits[0] == waits[1] > 0
+
+
+def test_reading_back_is_counted(monkeypatch) -> None:
+    ten = torch.arange(10)
+    for waits in (
+        lambda: ten.tolist(),
+        lambda: ten[ten > 3],
+        lambda: ten[3].item(),
+        lambda: ten.cpu(),
+    ):
+        with monkeypatch.context() as patch, _Waits(patch) as counted:
+            waits()
+            assert counted.count >= 1
+    with monkeypatch.context() as patch, _Waits(patch) as counted:
+        ten[torch.tensor([1, 2])] * 2
+        assert counted.count == 0
 
 
 @pytest.mark.parametrize("every", [2, 3, 50])
