@@ -168,7 +168,6 @@ FEWER = {
     "one_fact": (4, 1), "mass_editing": (4, 1),
     "batches": (4, 1), "hook_layers": (4, 1),
     "four_corners": (4, 1), "breaks": (4, 1), "big_models": (4, 1),
-    "relations": (4, 1),
 }  # fmt: skip
 
 

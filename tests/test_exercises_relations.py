@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from unified_edit.relations import FewShot, Relation, low_rank_inverse
-from unified_edit.teaching.exercises import ExerciseError, check_object_state
+from unified_edit.teaching.exercises import ExerciseError, check_object_state, check_subject_step
 from unified_edit.teaching.exercises.checking import draw, relative_error
-from unified_edit.teaching.exercises.relations import object_state
+from unified_edit.teaching.exercises.relations import object_state, subject_step
 
 
 @pytest.mark.equation("relations-matrix")
@@ -42,6 +42,28 @@ def test_the_inverse_moves_o_by_what_was_asked() -> None:
 def test_mistakes_are_named(wrong: object, message: str) -> None:
     with pytest.raises(ExerciseError, match=message):
         check_object_state(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda J, o, o_new, q: subject_step(J, o_new, o, q), "sign"),
+        (lambda J, o, o_new, q: subject_step(J, o, o_new, len(J)), "q does not enter"),
+        (lambda J, o, o_new, q: subject_step(J.T, o, o_new, q), "have changed places"),
+        (lambda J, o, o_new, q: J.T @ (o_new - o), "differ from the right"),
+    ],
+)
+def test_mistakes_with_the_step_are_named(wrong: object, message: str) -> None:
+    with pytest.raises(ExerciseError, match=message):
+        check_subject_step(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.equation("relations-inverse")
+def test_the_step_is_the_librarys() -> None:
+    def librarys(J: Tensor, o: Tensor, o_new: Tensor, q: int) -> Tensor:
+        return low_rank_inverse(J, q) @ (o_new - o)
+
+    assert check_subject_step(librarys).startswith("Right.")
 
 
 def test_another_way_is_right_too() -> None:

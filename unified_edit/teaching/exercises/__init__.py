@@ -41,7 +41,7 @@ from unified_edit.teaching.exercises.preserving import (
 from unified_edit.teaching.exercises.real_edits import check_paired_interval
 from unified_edit.teaching.exercises.real_locating import check_resampled_interval
 from unified_edit.teaching.exercises.real_model import check_smallest_strength
-from unified_edit.teaching.exercises.relations import check_object_state
+from unified_edit.teaching.exercises.relations import check_object_state, check_subject_step
 from unified_edit.teaching.exercises.rome import (
     check_errors_in_turn,
     check_mixed_cost,
@@ -106,6 +106,7 @@ __all__ = [
     "check_smallest_strength",
     "check_spill",
     "check_strip",
+    "check_subject_step",
     "check_value_loss",
     "check_written_share",
 ]

@@ -57,3 +57,43 @@ def check_object_state(object_state_: Solution) -> str:
             },
         )
     return right("That is the mean of the tangents, with beta on its slope.")
+
+
+def subject_step(J: Tensor, o: Tensor, o_new: Tensor, q: int) -> Tensor:
+    """The step of :eq:`relations-inverse` (d,): J's pseudo-inverse of rank q times o_new - o."""
+    U, sizes, Vt = torch.linalg.svd(J)
+    return Vt[:q].T @ ((U[:, :q].T @ (o_new - o)) / sizes[:q])
+
+
+def check_subject_step(subject_step_: Solution) -> str:
+    """Check ``subject_step(J, o, o_new, q) -> J_q^+ (o_new - o)``.
+
+    J is (d x d), o and o_new are (d,); the result has d entries. Raises ExerciseError.
+    """
+    for seed, d, q in ((3, 6, 2), (4, 5, 5), (5, 8, 1)):
+        J, o, o_new = draw(seed, d, d), draw(seed + 10, d), draw(seed + 20, d)
+        what = f"the step for a matrix of {d} rows and q = {q}"
+        found = tensor(call(subject_step_, J, o, o_new, q), (d,), what)
+        expected = subject_step(J, o, o_new, q)
+        U, sizes, Vt = torch.linalg.svd(J)
+        asked = o_new - o
+        agree(
+            found,
+            expected,
+            what,
+            {
+                "q does not enter; the small singular values are inverted, too": (
+                    torch.linalg.solve(J, asked)
+                ),
+                "the smallest singular values are taken; take the q largest": (
+                    Vt[-q:].T @ ((U[:, -q:].T @ asked) / sizes[-q:])
+                ),
+                "the singular values multiply; a pseudo-inverse divides by them": (
+                    Vt[:q].T @ ((U[:, :q].T @ asked) * sizes[:q])
+                ),
+                "U and V have changed places: J goes from h to o, its inverse back": (
+                    subject_step(J.T, o, o_new, q)
+                ),
+            },
+        )
+    return right("No small singular value makes the step long.")
