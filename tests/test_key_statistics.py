@@ -20,7 +20,7 @@ from torch import nn
 import unified_edit as ue
 from unified_edit.errors import StatisticsError, StatisticsFileError
 from unified_edit.model import ledger_of
-from unified_edit.statistics import cache, collect, corpora, statistics_for
+from unified_edit.statistics import cache, collect, corpora, statistics_for, sums
 
 TOLERANCE = 1e-5  # keys and their products are float32; sums are float64
 
@@ -118,6 +118,22 @@ def test_the_first_token_is_in_c0_unless_it_is_left_out(
     # it is what is counted that is drawn
     few = made(tiny_texts, tokens=300, skip_start=True)
     assert 300 <= few.source.tokens < 320
+
+
+def test_sums_that_memory_has_no_room_for_lie_beside_the_cache(
+    make_gpt2, tiny_tokenizer, folder, corpus, monkeypatch
+):
+    wanted = statistics_for(make_gpt2(), tiny_tokenizer, (0, 1))
+    for path in folder.rglob("layer-*"):
+        path.unlink()
+    made, usual = [], sums.in_file
+    monkeypatch.setattr(sums, "in_file", lambda *given: made.append(given) or usual(*given))
+    monkeypatch.setattr(cache, "free_bytes", lambda _device: 0)
+    found = statistics_for(make_gpt2(), tiny_tokenizer, (0, 1))
+    assert {place for place, _ in made} == {path.parent for path in folder.rglob("layer-*")}
+    for layer in (0, 1):
+        assert torch.equal(found.C0(layer), wanted.C0(layer))
+    assert not [path for path in folder.rglob("*") if ".sums" in path.name]
 
 
 def test_statistics_without_the_first_token_are_not_taken_from_the_cache(
