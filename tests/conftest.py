@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,14 @@ pytest_plugins = ["fixtures_atlas", "fixtures_tiny", "fixtures_pictures", "fixtu
 
 #: Published data sets, too large for the repository: tests of the real files need them there.
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def no_picture_is_left_open() -> Iterator[None]:
+    """Some tests ask which pictures are open; a test that draws need not think of them."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -187,7 +187,7 @@ SHOWN_LINES = {
     ("breaks",): 61,
     ("big_models",): 110,
     ("concepts",): 96,
-    ("relations",): 60,
+    ("relations",): 61,
     ("where_this_goes",): 69,
 }
 COLUMNS = 80
