@@ -34,6 +34,12 @@ log = logging.getLogger("real_shapes")
 FACTS = [
     ue.Fact("{} is located in the city of", "The Eiffel Tower", "Rome", "Paris"),
     ue.Fact("The mother tongue of {} is", "Danielle Darrieux", "English", "French"),
+    ue.Fact("{} is located in the country of", "Vienna", "Peru", "Austria"),
+    ue.Fact("The capital of {} is", "Norway", "Lima", "Oslo"),
+    ue.Fact("{} plays the instrument", "Miles Davis", "piano", "trumpet"),
+    ue.Fact("{} was written in the language of", "Don Quixote", "Dutch", "Spanish"),
+    ue.Fact("The profession of {} is", "Marie Curie", "actor", "physicist"),
+    ue.Fact("{} was founded by", "Microsoft", "Ford", "Gates"),
 ]
 
 
