@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from unified_edit.editing import load_model
 from unified_edit.errors import ModelChangedError, ModelError
 from unified_edit.model import Ledger, ledger_of
 from unified_edit.statistics import KeyStatistics
@@ -128,6 +130,23 @@ def make_gpt2(tiny_tokenizer: PreTrainedTokenizerFast) -> Factory:
             return _settled(GPT2LMHeadModel(GPT2Config(**{**size, **fields})), dtype)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_gpt2: Factory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_texts: list[str],
+) -> Path:
+    """A folder with a saved model, and C0 of its layers 0 and 1 as stats.safetensors."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_gpt2().save_pretrained(folder / "model")
+    tiny_tokenizer.save_pretrained(folder / "model")
+    model, tokenizer = load_model(str(folder / "model"))
+    made = KeyStatistics.collect(model, tokenizer, tiny_texts, (0, 1))
+    made.save(folder / "stats.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

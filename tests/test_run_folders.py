@@ -32,15 +32,9 @@ METHOD = ue.MEMIT.replace(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_gpt2, tiny_tokenizer, tiny_texts):
+def place(model_folder):
     """A folder with a model and its statistics."""
-    folder = tmp_path_factory.mktemp("run-folders")
-    make_gpt2().save_pretrained(folder / "model")
-    tiny_tokenizer.save_pretrained(folder / "model")
-    model, tokenizer = load_model(str(folder / "model"))
-    made = ue.KeyStatistics.collect(model, tokenizer, tiny_texts, (0, 1))
-    made.save(folder / "stats.safetensors")
-    return folder
+    return model_folder
 
 
 def given(place, folder, **more):

@@ -303,8 +303,8 @@ class KeyStatistics:
             items = [item for one in found for item in getattr(one, name).items()]
             return {layer: value for layer, value in items if layers is None or layer in layers}
 
-        moments, agreement, metrics = map(all_of, ("moments", "agreement", "_metrics"))
-        return cls(found[0].source, moments, agreement, metrics, found[0].counted, all_of("fresh"))
+        moments, agreement, metrics, fresh = map(all_of, "moments agreement _metrics fresh".split())
+        return cls(found[0].source, moments, agreement, metrics, found[0].counted, fresh)
 
     @classmethod
     def _added_up(cls, each: Sequence[KeyStatistics]) -> KeyStatistics:
