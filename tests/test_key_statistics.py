@@ -128,7 +128,7 @@ def test_sums_that_memory_has_no_room_for_lie_beside_the_cache(
         path.unlink()
     made, usual = [], sums.in_file
     monkeypatch.setattr(sums, "in_file", lambda *given: made.append(given) or usual(*given))
-    monkeypatch.setattr(cache, "free_bytes", lambda _device: 0)
+    monkeypatch.setattr(sums, "free_bytes", lambda _device: 0)
     found = statistics_for(make_gpt2(), tiny_tokenizer, (0, 1))
     assert {place for place, _ in made} == {path.parent for path in folder.rglob("layer-*")}
     for layer in (0, 1):

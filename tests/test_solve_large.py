@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import reference
@@ -163,6 +164,29 @@ def test_factors_beyond_what_memory_allows_are_made_again(tiny_statistics, monke
     statistics.metric(second)
     assert list(statistics._metrics) == [second]
     assert torch.equal(statistics.metric(first).factor, before.factor)
+
+
+def test_shrunk_moments_are_made_one_at_a_time(tiny_statistics, tmp_path, monkeypatch) -> None:
+    """Shrinking makes no matrix; a factor takes the place of the one that is made for it."""
+    source = replace(tiny_statistics.source, shrinkage=0.0)
+    held = replace(tiny_statistics, source=source, _metrics={})
+    held.save(tmp_path / "stats.safetensors")
+    onto, made = [], key_statistics.Metric.on
+    monkeypatch.setattr(
+        key_statistics.Metric, "on", lambda *args, **more: onto.append(more) or made(*args, **more)
+    )
+    width = tiny_statistics.width(0)
+    for base in (held, key_statistics.KeyStatistics.lazily(tmp_path / "stats.safetensors")):
+        C0 = base.C0(0).clone()
+        shrunk = base.shrunk(0.5)
+        assert shrunk.nbytes == 0
+        wanted = C0 + 0.5 * C0.trace() / width * torch.eye(width, dtype=C0.dtype)
+        for _ in range(2):
+            assert torch.allclose(shrunk.C0(0), wanted, rtol=1e-13)
+        factor = shrunk.metric(0).factor
+        assert torch.allclose(factor @ factor.T, wanted, rtol=1e-10)
+        assert torch.equal(base.C0(0), C0)
+    assert onto == [{"overwrite": True}] * 2
 
 
 def test_a_device_without_float64_gives_way_and_says_so_once(caplog) -> None:

@@ -32,6 +32,7 @@ from unified_edit.measuring import ask, evaluate, evaluate_edits, load_records, 
 from unified_edit.measuring.suggesting import CLAMPS
 from unified_edit.model.anatomy import Tokenizer, anatomy
 from unified_edit.statistics import KeyStatistics, check_texts, chosen_texts
+from unified_edit.statistics.sums import room
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def run_statistics(args: Namespace) -> Result:
     made = KeyStatistics.collect(
         model, tokenizer, texts, args.layers,
         tokens=tokens, shrinkage=args.shrinkage, checkpoint=args.checkpoint, keep_checkpoint=True,
-        skip_start=args.skip_start, part=args.part,
+        skip_start=args.skip_start, part=args.part, max_memory=room(), folder=args.out.parent,
     )  # fmt: skip
     result = _saved_statistics(args, made, _about(args, model))  # or the checkpoint holds the work
     if args.checkpoint is not None:
@@ -202,7 +203,7 @@ def _saved_statistics(args: Namespace, made: KeyStatistics, about: Mapping[str, 
     """Save statistics, and say what they are."""
     made.save(args.out)
     layers = [
-        {"layer": layer, "d_k": len(made.C0(layer)), "agreement": made.convergence(layer)}
+        {"layer": layer, "d_k": made.width(layer), "agreement": made.convergence(layer)}
         for layer in made.layers
     ]
     source = asdict(made.source)

@@ -295,10 +295,11 @@ class Editor:
         return found
 
     def shrunk(self, statistics: KeyStatistics) -> KeyStatistics:
-        """The statistics with C0 made invertible everywhere; kept, as it costs a factor."""
+        """The statistics with C0 made invertible everywhere; kept, as its factors are costly."""
         key = ("shrunk", statistics.source, statistics.layers, SHRINKAGE)
         found: KeyStatistics | None = self.memory.get(key)
         if found is None:
-            found = statistics.shrunk(SHRINKAGE).factored()
-            self.memory.put(key, found, found.nbytes)
+            found = statistics.shrunk(SHRINKAGE)
+            widths = [statistics.width(layer) for layer in statistics.layers]
+            self.memory.put(key, found, sum(8 * width**2 for width in widths))
         return found

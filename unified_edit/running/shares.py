@@ -28,6 +28,7 @@ from unified_edit.running.pieces import PIECES, STATISTICS, Piece
 from unified_edit.running.settings import Settings
 from unified_edit.statistics import KeyStatistics, check_texts, chosen_texts
 from unified_edit.statistics.collect import GROUP
+from unified_edit.statistics.sums import room
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,8 @@ class StatisticsStage:
             tokens=tokens,
             shrinkage=self.settings.shrinkage,
             part=(place, self._shares),
+            max_memory=room(),
+            folder=self.folder,
         )
         for layer in self.layers:
             found.only(layer).save(self._path(place, layer))

@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 from unified_edit.arguments import as_path
 from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Tokenizer, anatomy
-from unified_edit.model.devices import free_bytes
 from unified_edit.model.ledger import ledger_of
 from unified_edit.model.memory import memory_of
 from unified_edit.statistics.corpora import default_corpus, enough_tokens
 from unified_edit.statistics.key_statistics import KeyStatistics
-from unified_edit.statistics.sums import PARTIAL
+from unified_edit.statistics.sums import PARTIAL, room
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def _collected(
         layers,
         tokens=enough_tokens(parts, layers),
         checkpoint=folder / f"partial-{run[:12]}.safetensors",
-        max_memory=max(1, free_bytes("cpu") // 2),  # of GPT-J's six layers the sums take 15 GiB
+        max_memory=room(),
         folder=folder,
     )
     each = {layer: made.only(layer) for layer in layers}

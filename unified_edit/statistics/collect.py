@@ -21,16 +21,15 @@ from unified_edit.errors import StatisticsError
 from unified_edit.model.anatomy import Anatomy, NamedWeight
 from unified_edit.model.progress import progress
 from unified_edit.model.prompts import Encoder
+from unified_edit.statistics.convergence import agreement, check_enough
 from unified_edit.statistics.forwards import add_group, batch_size
+from unified_edit.statistics.moments import shrink_in_place
 from unified_edit.statistics.shares import Counted, Reading
 from unified_edit.statistics.sums import (
     PANELS,
     ROWS,
     LayerSums,
     Sums,
-    agreement,
-    check_enough,
-    shrink_in_place,
 )
 from unified_edit.statistics.weighting import WEIGHTINGS
 

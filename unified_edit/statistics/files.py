@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from unified_edit.arguments import as_path
-from unified_edit.errors import StatisticsError, StatisticsFileError
+from unified_edit.errors import StatisticsFileError
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.statistics.collect import Source
 from unified_edit.statistics.shares import Counted
@@ -44,10 +44,8 @@ def write(path: str | Path, content: Content) -> None:
     write_safetensors(place, tensors, FORMAT, meta, StatisticsFileError)
 
 
-def moment_of(path: str | Path | None, layer: int) -> Tensor:
+def moment_of(path: str | Path, layer: int) -> Tensor:
     """C0 of one layer of a file; StatisticsError if there is none, or not that layer in it."""
-    if path is None:
-        raise StatisticsError("C0 was not kept beside its factor; collect it again")
     found = read(path).moments
     if layer not in found:
         raise StatisticsFileError(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from unified_edit.errors import StatisticsError
 from unified_edit.statistics.collect import FRESH_KEYS, Source
+from unified_edit.statistics.convergence import agreement
 from unified_edit.statistics.shares import Counted, check_apart, together
-from unified_edit.statistics.sums import Triangle, agreement
+from unified_edit.statistics.sums import Triangle
 
 #: Field of `Source` -> what to do if it is not the same everywhere.
 _ADVICE = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,17 +30,17 @@ from unified_edit.model.ledger import ledger_of
 from unified_edit.model.prompts import Encoder
 from unified_edit.objective import Metric
 from unified_edit.statistics.collect import Job, Source, checkpoints, collect
-from unified_edit.statistics.convergence import warn
+from unified_edit.statistics.convergence import check_enough, warn
 from unified_edit.statistics.files import Content, moment_of, read, write
 from unified_edit.statistics.joining import Part, added_up, check_alike
+from unified_edit.statistics.moments import Moment, is_made, matrix_of, shrunk
 from unified_edit.statistics.shares import Counted, checked_part
-from unified_edit.statistics.sums import check_enough, shrink_in_place
 from unified_edit.statistics.weighting import checked_weighting
 
 log = logging.getLogger(__name__)
 
-#: Bytes of factors that statistics keep: two at the width of GPT-J, dozens at that of GPT-2.
-FACTOR_BYTES = 4 * 2**30
+#: Bytes of factors that statistics keep: one at the width of GPT-J, dozens at that of GPT-2.
+FACTOR_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KeyStatistics:
     """
 
     source: Source
-    moments: dict[int, Tensor | Callable[[], Tensor]] = field(repr=False)
+    moments: Mapping[int, Moment] = field(repr=False)
     agreement: dict[int, float]
     _metrics: dict[int, Metric] = field(default_factory=dict, repr=False, compare=False)
     counted: Counted | None = field(default=None, repr=False, compare=False)
@@ -80,8 +80,7 @@ class KeyStatistics:
                 f"there are no key statistics for layer {layer}, only for {self.layers}; collect "
                 "them: KeyStatistics.collect(model, tokenizer, texts, layers=[...])"
             )
-        moment = self.moments[layer]
-        return moment if isinstance(moment, Tensor) else moment()
+        return matrix_of(self.moments[layer])
 
     def metric(self, layer: int, device: torch.device | str | None = None) -> Metric:
         """The factored C0 of `layer`; kept, as long as all together take `FACTOR_BYTES`.
@@ -90,11 +89,12 @@ class KeyStatistics:
         """
         layer = whole_number(layer, "a layer", StatisticsError)
         if layer not in self._metrics:
-            C0 = self.C0(layer)
-            # what is read from a file for this alone is factored in its place
-            own = isinstance(self.moments[layer], partial)
-            while self._metrics and self._factor_bytes + 8 * C0.numel() > FACTOR_BYTES:
+            # room first, for one more that is like those
+            while (n := len(self._metrics)) and self._factor_bytes * (n + 1) > n * FACTOR_BYTES:
                 self._metrics.pop(next(iter(self._metrics)))
+            C0 = self.C0(layer)
+            # what is read or made for this alone is factored in its place
+            own = is_made(self.moments[layer])
             try:
                 self._metrics[layer] = Metric.on(device or C0.device, C0, overwrite=own)
             except NotPositiveDefiniteError as problem:
@@ -113,8 +113,9 @@ class KeyStatistics:
 
     def width(self, layer: int) -> int:
         """d_k of `layer`; no factor is made for it."""
-        made = self._metrics.get(layer)
-        return len(self.C0(layer)) if made is None else made.dim
+        if layer in self._metrics:
+            return self._metrics[layer].dim
+        return self.fresh[layer].shape[1] if layer in self.fresh else len(self.C0(layer))
 
     @property
     def _factor_bytes(self) -> int:
@@ -149,9 +150,8 @@ class KeyStatistics:
                 f"these statistics are already shrunk by {self.source.shrinkage:g}; start from "
                 "unshrunk ones"
             )
-        moments: dict[int, Any] = {layer: self.C0(layer).clone() for layer in self.layers}
-        for moment in moments.values():
-            shrink_in_place(moment, shrinkage)
+        # one layer at a time, where it is asked for: GPT-J's six take 12 GiB
+        moments = {one: partial(shrunk, C0, shrinkage) for one, C0 in self.moments.items()}
         source = replace(self.source, shrinkage=shrinkage)
         return replace(self, source=source, moments=moments, _metrics={})
 
@@ -252,7 +252,7 @@ class KeyStatistics:
                 **whole,
             )
             found = collect(job, texts)
-        made = cls(found[0], {**found.moments}, found[2], {}, *found[3:5])
+        made = cls(found[0], found.moments, found[2], {}, *found[3:5])
         if job.part[1] == 1:
             made._look_at(found.unsure)
         for path in () if keep_checkpoint else checkpoints(job):
@@ -311,9 +311,9 @@ class KeyStatistics:
         """The sum of statistics of the same layers from different texts."""
         parts = [Part(one.source, one.counted, one.fresh, one.C0) for one in each]
         source, moments, agreement, counted, fresh = added_up(parts, each[0].layers)
-        made = cls(source, {**moments}, agreement, {}, counted, fresh)
+        made = cls(source, moments, agreement, {}, counted, fresh)
         if made.source.part is None:
-            check_enough(made.source.tokens, max(map(len, map(made.C0, made.layers))))
+            check_enough(made.source.tokens, max(map(made.width, made.layers)))
             made._look_at(made.layers)
         return made
 
@@ -333,18 +333,18 @@ class KeyStatistics:
         it belongs to a model is checked where it is used.
         """
         found = read(path)
-        return cls(found.source, {**found.moments}, found.agreement, {}, *found[3:])
+        return cls(found.source, found.moments, found.agreement, {}, *found[3:])
 
     @classmethod
     def lazily(cls, path: str | Path) -> KeyStatistics:
         """As `load`, but C0 is not kept: it is read where it is asked for."""
         return cls.load(path).unread(path)
 
-    def unread(self, path: str | Path | None) -> KeyStatistics:
+    def unread(self, path: str | Path) -> KeyStatistics:
         """The same without C0, which is read from `path` where it is asked for, and factors."""
-        moments: dict[int, Any] = {layer: partial(moment_of, path, layer) for layer in self.layers}
+        moments = {layer: partial(moment_of, path, layer) for layer in self.layers}
         return replace(self, moments=moments, _metrics={})
 
-    def factored(self, path: Path | None = None) -> KeyStatistics:
+    def factored(self, path: Path) -> KeyStatistics:
         """The same with the factors made and without C0, which is read again from `path`."""
         return replace(self.unread(path), _metrics={one: self.metric(one) for one in self.layers})

@@ -25,6 +25,7 @@ from unified_edit.errors import StatisticsError, StatisticsFileError
 from unified_edit.model.anatomy import NamedWeight
 from unified_edit.model.devices import free_bytes
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
+from unified_edit.objective.inputs import float64_device
 
 log = logging.getLogger(__name__)
 
@@ -192,14 +193,15 @@ class LayerSums:
 
 def place_for(device: torch.device, needed: int) -> torch.device:
     """Where sums of so many bytes are kept: beside the model, if there is room and float64."""
-    cpu = torch.device("cpu")
-    if device.type == "mps":
-        log.info("MPS has no float64: the sums of the key statistics are kept on the CPU")
-        return cpu
     if device.type == "cuda" and needed > free_bytes(device) // 2:
         log.info("little memory is free on %s: sums of a layer are kept on the CPU", device)
-        return cpu
-    return device
+        return torch.device("cpu")
+    return float64_device(device)
+
+
+def room() -> int:
+    """Bytes of memory that sums may take where nobody said so; GPT-J's six layers take 15 GiB."""
+    return max(1, free_bytes("cpu") // 2)
 
 
 class Sums:
@@ -296,48 +298,3 @@ class Sums:
         self.counts, self.fresh = list(state["counts"]), int(state["fresh"])
         self.groups = int(state["groups"])
         return state
-
-
-def shrink_in_place(moment: Tensor, shrinkage: float) -> None:
-    """Add shrinkage * tr(C0)/d_k to the diagonal of C0."""
-    moment.diagonal().add_(shrinkage * moment.diagonal().mean())
-
-
-def check_enough(tokens: int, width: int) -> None:
-    """Raise StatisticsError if C0 of keys with so many entries has too few tokens."""
-    if tokens < 2 * width:
-        raise StatisticsError(
-            f"the corpus gave {tokens} tokens for C0, fewer than 2*d_k = {2 * width}: C0 would "
-            f"hardly be invertible. Give about 10*d_k = {10 * width} tokens, or pass "
-            "shrinkage=1e-3 and say so in your results"
-        )
-
-
-def agreement(
-    halves: Sequence[Triangle], counts: Sequence[int], fresh: Tensor
-) -> tuple[float, float]:
-    """Median of |k'C1^-1 k / k'C2^-1 k - 1| over fresh keys (n x d); NaN if a half has no factor.
-
-    The second number is the smallest pivot of both factors, as a share of the diagonal entry that
-    it is left of: not small, both halves and their sum are far from singular.
-    """
-    if min(counts) < fresh.shape[1] or not len(fresh):  # a half is singular
-        return float("nan"), 0.0
-    # a coordinate that is zero in every key of a half says nothing; half precision has some
-    alive = (halves[0].diagonal() * halves[1].diagonal()).nonzero()[:, 0]
-    keys = fresh.to(alive.device)[:, alive].double().T
-    costs, pivots = [], []
-    for half, count in zip(halves, counts, strict=True):
-        matrix = half.upper().div_(count)
-        if len(alive) < half.d:
-            matrix = matrix[alive][:, alive]
-        diagonal = matrix.diagonal().clone()
-        # by columns, as LAPACK has it, the upper triangle is the lower one, which alone is read,
-        # and the factor takes its place
-        factor, bad = matrix.T, torch.empty((), dtype=torch.int32, device=matrix.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, bad))
-        if bad:
-            return float("nan"), 0.0
-        costs.append(torch.linalg.solve_triangular(factor, keys, upper=False).square().sum(0))
-        pivots.append(float((factor.diagonal().square() / diagonal).min()))
-    return float((costs[0] / costs[1] - 1).abs().median()), min(pivots)
