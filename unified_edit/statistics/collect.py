@@ -316,6 +316,8 @@ def _finish(job: Job, sums: Sums, counted: Counted) -> Collected:
         share = "" if job.part[1] == 1 else f" for share {job.part[0]} of 0..{job.part[1] - 1}"
         raise StatisticsError(f"the corpus gave no tokens{share}; give more text, or fewer parts")
     moments, agreements, fresh, unsure = {}, {}, {}, set()
+    for one in sums.layers.values():
+        one.close()
     for layer in job.layers:
         agreements[layer], pivot = _agreement(sums, layer)
         if not pivot > SOUND:

@@ -200,7 +200,7 @@ class KeyStatistics:
         `until` stops when the halves of the text disagree by no more than that at all layers (0.1
         is converged); they are compared at 4 d_k tokens and whenever there is a quarter more.
 
-        The sums take 9 d_k^2 bytes a layer, with a buffer of 16 KiB for each entry of a key, on
+        The sums take 9 d_k^2 bytes a layer, with a buffer of 8 KiB for each entry of a key, on
         the layer's device where that has float64 and room, else on the CPU. `max_memory` bounds
         them, in bytes: layers beyond it need another pass over the texts, which must be a list
         then (each pass has a checkpoint of its own), or go into memory-mapped files of `folder`,
@@ -281,7 +281,7 @@ class KeyStatistics:
         layers, from different texts, are added up by their numbers of tokens: C0 is that of all
         texts, to the last bit whatever the order they are given in. From shares of a corpus it is
         that of a single run up to the rounding of float64 sums: 2^-53 of sqrt(C_ii C_jj) for each
-        product that is added, of which there are two or three for 4,096 tokens.
+        product that is added, of which there are two or three for 2,048 tokens.
 
         layers: which of them; all if None. Raises StatisticsError if models or the way of counting
         differ, if a text is in two parts, and if all shares together have fewer than 2*d_k tokens.

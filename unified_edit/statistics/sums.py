@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 PARTIAL = "unified_edit.key_statistics/3/partial"
 #: Keys that are gathered before they are multiplied. A product of so many takes ten times as long
 #: as reading and writing the sum that it is added to, or more.
-ROWS = 4096
+ROWS = 2048
 #: A triangle is cut into so many panels: 9/16 of the square is computed then.
 PANELS = 8
 #: A panel has no fewer rows than this: products of thin matrices are slow.
@@ -180,10 +180,15 @@ class LayerSums:
             self.halves[1].add(self.buffer[back:])
         self._ends = [0, ROWS]
 
+    def close(self) -> None:
+        """Give the buffer back: no more keys come."""
+        self.flush()
+        self.buffer = self.buffer[:0].clone()
+
     def total(self, count: int) -> Tensor:
         """C0 (d x d) of all keys, those set aside included; the sums are of no use after."""
-        first, second = self.halves
-        first.data.add_(second.data)
+        first = self.halves[0]
+        first.data.add_(self.halves.pop().data)
         first.add(self.fresh)
         first.data.div_(count)
         if self.folder is None:
