@@ -244,6 +244,7 @@ def _short_of(memory: int, monkeypatch) -> list[int]:
     def descend(parts: Any, batch: Any, method: Any, facts: Any, bar: Any) -> Any:
         tried.append(len(facts))
         if len(facts) > memory:
+            bar.update(1)  # a value was found before memory ran out
             raise torch.OutOfMemoryError("planted")
         return usual(parts, batch, method, facts, bar)
 
@@ -254,9 +255,12 @@ def _short_of(memory: int, monkeypatch) -> list[int]:
 def test_out_of_memory_halves_the_batch(tiny, tiny_tokenizer, monkeypatch, caplog) -> None:
     method = tiny_method(ue.EMMET, "gpt2")
     wanted = optimise_values(tiny, tiny_tokenizer, TINY_FACTS, method)
-    tried = _short_of(1, monkeypatch)
+    tried, bars, usual = _short_of(1, monkeypatch), [], values.progress
+    monkeypatch.setenv("UNIFIED_EDIT_PROGRESS", "1")
+    monkeypatch.setattr(values, "progress", lambda *told: bars.append(usual(*told)) or bars[-1])
     found = optimise_values(tiny, tiny_tokenizer, TINY_FACTS, method)
     assert tried == [3, 2, 1, 1, 1]
+    assert [(bar.n, bar.total) for bar in bars] == [(3, 3)]
     assert relative(found.delta, wanted.delta) <= 1e-4
     assert [len(one) for one in found.losses] == [len(one) for one in wanted.losses]
     assert "out of memory with 3 at a time; going on with halves" in caplog.text

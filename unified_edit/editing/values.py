@@ -151,7 +151,12 @@ def compute_values(
     def optimise(chosen: Sequence[int]) -> None:
         batch = prepare(parts, [texts[index] for index in chosen], contexts, layer, method.site)
         firsts = [facts[members[index][0]] for index in chosen]
-        found, history = descend(parts, batch, method, firsts, bar)
+        counted = bar.n
+        try:
+            found, history = descend(parts, batch, method, firsts, bar)
+        except Exception:
+            bar.update(counted - bar.n)  # one that does not fit is begun again, in halves
+            raise
         places = torch.tensor(chosen)
         delta[:, places] = found.T.cpu().double()
         init[:, places] = batch.target_init.T.cpu().double()
