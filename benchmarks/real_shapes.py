@@ -5,7 +5,9 @@
 Random weights know no facts, so nothing is said about success: this shows that the whole path
 (tokens, C0, values, solution, weights, undo) works at these sizes, how long it takes and how much
 memory. C0 comes from a few thousand tokens, far fewer than d_k, and is invertible only through the
-shrinkage that is passed explicitly and stored with it.
+shrinkage that is passed explicitly and stored with it. It lies in a file a layer and is read where
+it is used, as in the library's cache; sums that half of the free memory does not hold lie in files,
+too. The peak is of all memory of this process, pages of such files included.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import argparse
 import json
 import logging
 import resource
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -28,6 +33,7 @@ from transformers import (
 
 import unified_edit as ue
 from unified_edit.model import anatomy, tensor_hash
+from unified_edit.model.devices import free_bytes
 
 log = logging.getLogger("real_shapes")
 
@@ -58,6 +64,21 @@ def make(name: str) -> torch.nn.Module:
 def peak_gib() -> float:
     """Peak resident memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def statistics_in(
+    folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str], layers: Sequence[int], **how: Any,
+) -> ue.KeyStatistics:  # fmt: skip
+    """C0 of layers, each in a file of `folder`, from which it is read where it is used."""
+    made = ue.KeyStatistics.collect(
+        model, tokenizer, texts, layers,
+        max_memory=free_bytes("cpu") // 2, folder=folder, max_tokens=256, **how,
+    )  # fmt: skip
+    files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
+    for layer, path in files.items():
+        made.only(layer).save(path)
+    return ue.KeyStatistics.joined([ue.KeyStatistics.lazily(path) for path in files.values()])
 
 
 def main() -> None:
@@ -92,17 +113,12 @@ def main() -> None:
         method = method.replace(layers=tuple(arguments.layers))
     method = method.resolve(anatomy(model))
     lines = arguments.corpus.read_text(encoding="utf-8").splitlines()
-    texts = (line.strip() for line in lines if len(line) > 200)
-    stats = ue.KeyStatistics.collect(
-        model,
-        tokenizer,
-        texts,
-        method.layers,
-        tokens=arguments.tokens,
-        max_tokens=256,
-        shrinkage=arguments.shrinkage,
-        batch_tokens=2048,
-    )
+    texts = [line.strip() for line in lines if len(line) > 200]
+    folder = tempfile.TemporaryDirectory()
+    stats = statistics_in(
+        Path(folder.name), model, tokenizer, texts, method.layers or (),
+        tokens=arguments.tokens, shrinkage=arguments.shrinkage, batch_tokens=2048,
+    )  # fmt: skip
     lap("statistics")
 
     def hashes() -> dict[int, str]:
@@ -120,6 +136,7 @@ def main() -> None:
         "dtype": str(model.dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
         "method": method.name,
+        "facts": len(FACTS),
         "layers": method.layers,
         "tokens": stats.source.tokens,
         "shrinkage": stats.source.shrinkage,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -376,9 +377,29 @@ def test_a_run_goes_on_from_its_file(
         R.cross_validate(*atlas, country, **{**settings, "n": 4}, file=half)
     with pytest.raises(RelationFileError, match="scores of another run"):
         R.cross_validate(*atlas, country, **settings, folds=3, file=half)
+    monkeypatch.setattr(validation, "known_pairs", never)  # a wrong file is refused before
+    with pytest.raises(RelationFileError, match="scores of another run"):
+        R.cross_validate(*atlas, country, **settings, most=12, file=half)
     half.write_text("{")
     with pytest.raises(RelationFileError, match="holds no scores"):
         R.cross_validate(*atlas, country, **settings, file=half)
+
+
+@pytest.mark.usefixtures("as_it_is")
+def test_so_many_of_the_known_pairs_are_dealt(atlas: Any, country: RelationData) -> None:
+    settings: dict[str, Any] = {
+        "layers": [2], "betas": (1,), "ranks": (8,), "n": 3, "separator": ". "
+    }  # fmt: skip
+    scores = R.cross_validate(*atlas, country, **settings, most=12)
+    known = R.known_pairs(*atlas, country, n=3, separator=". ")
+    assert scores.known == len(known) > 12
+    drawn = [pair.subject for pair in random.Random(0).sample(known.pairs, len(known))[:12]]
+    used = {name for fold in scores.folds for name in fold.subjects}
+    used |= {subject for fold in scores.folds for subject, _ in fold.examples}
+    assert used <= set(drawn)
+    assert sum(len(fold.subjects) for fold in scores.folds) > 6
+    with pytest.raises(RelationError, match="most is 0; it must be a whole number of at least 1"):
+        R.cross_validate(*atlas, country, most=0)
 
 
 # --- files, and the lens --------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class _Settings:
     betas: tuple[float, ...]
     ranks: tuple[int, ...]
     folds: int
+    most: int | None
     n: int
     seed: int
     template: str
@@ -66,6 +67,7 @@ def cross_validate(
     ranks: Sequence[int] | None = None,
     n: int = EXAMPLES,
     folds: int = 2,
+    most: int | None = None,
     seed: int = 0,
     template: int = 0,
     separator: str = SEPARATOR,
@@ -75,7 +77,8 @@ def cross_validate(
 
     layers: by default every third block of the lower four fifths. ranks: by default those of
     4, 8, ..., 128 that are below d. folds: how many; each costs `n` Jacobians, whatever the number
-    of layers. file: JSON that is written after each fold, and from which a run goes on.
+    of layers. most: so many of the known pairs are dealt, drawn by `seed`; all if None. file: JSON
+    that is written after each fold, and from which a run goes on.
 
     Raises RelationError for fewer known pairs than `n` outside of a fold or than two in one,
     RelationFileError where `file` holds another run, and what `estimate` raises.
@@ -101,15 +104,17 @@ def cross_validate(
             )
         ),
         count,
+        None if most is None else whole_number(most, "most", RelationError, least=1),
         whole_number(n, "n", RelationError, least=2),
         whole_number(seed, "seed", RelationError),
         data.wording(template),
         separator,
     )
+    saved = _Saved(file, settings, model_fingerprint(model), data)
     known = known_pairs(
         model, tokenizer, data, n=settings.n, seed=seed, template=template, separator=separator
     )
-    pairs = random.Random(seed).sample(known.pairs, len(known))
+    pairs = random.Random(seed).sample(known.pairs, len(known))[: settings.most]
     dealt = [pairs[place::count] for place in range(count)]
     if count == 1:  # one split: the examples, and all others
         dealt = [pairs[settings.n :]]
@@ -117,7 +122,6 @@ def cross_validate(
         rest = [pair for pair in pairs if pair not in fold]
         enough(rest, settings.n, "known pairs outside of a fold", f"relation {data.name!r}")
         enough(fold, 2, "known pairs in a fold", f"relation {data.name!r}")
-    saved = _Saved(file, settings, model_fingerprint(model), data)
     done = saved.folds
     bar = progress(data.name, total=count, unit="fold")
     bar.update(len(done))
