@@ -17,6 +17,7 @@ from unified_edit.command_line import cli
 from unified_edit.editing import Editor, editor, load_model
 from unified_edit.errors import ModelError, RunFolderError, StatisticsError
 from unified_edit.measuring import Report
+from unified_edit.model import tensor_files
 from unified_edit.running import RunFolder, Settings, work, workers
 from unified_edit.running.finishing import own_answers
 from unified_edit.running.shares import StatisticsStage
@@ -124,8 +125,30 @@ def test_c0_of_a_file_is_read_where_it_is_asked_for(place, tmp_path):
         assert torch.equal(stage.given.C0(layer), whole.C0(layer))
         # in its own place or in another: the same factor, to the last bit
         assert torch.equal(lazily.metric(layer).factor, whole.metric(layer).factor)
-    assert "layers [0, 1] now" in str(refused(lambda: lazily.moments[0].func(
+    unread = whole.unread(place / "stats.safetensors")
+    assert torch.equal(unread.C0(1), whole.C0(1))
+    assert "layers [0, 1] now" in str(refused(lambda: unread.moments[0].func(
         place / "stats.safetensors", 5)))  # fmt: skip
+
+
+def test_one_matrix_of_a_file_is_read_and_no_other(place, tmp_path, monkeypatch):
+    """Six layers of GPT-J take 12 GiB: each is hashed where it lies, and again when it is read."""
+    path = tmp_path / "stats.safetensors"
+    whole = ue.KeyStatistics.load(place / "stats.safetensors")
+    whole.save(path)
+    lazily, hashed = ue.KeyStatistics.lazily(path), []
+    usual = tensor_files.tensor_hash
+    monkeypatch.setattr(
+        tensor_files, "tensor_hash", lambda one: hashed.append(one.shape) or usual(one)
+    )
+    assert torch.equal(lazily.C0(1), whole.C0(1))
+    assert hashed == [whole.C0(1).shape]
+    # written over meanwhile: what is read would be another matrix
+    replace(whole, moments={0: whole.C0(1), 1: whole.C0(0)}).save(path)
+    told = refused(lambda: lazily.C0(0))
+    assert "C0.0" in str(told) and "replaced or changed" in str(told)
+    path.unlink()
+    assert "no such file" in str(refused(lambda: lazily.C0(1)))
 
 
 def refused(do):

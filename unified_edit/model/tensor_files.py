@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ from unified_edit.errors import UnifiedEditError
 from unified_edit.model.fingerprints import tensor_hash
 
 
-def _checksum(tensors: dict[str, Tensor], description: str) -> str:
+def _checksum(hashes: Mapping[str, str], description: str) -> str:
     digest = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensor_hash(tensors[name])}".encode())
+    for name in sorted(hashes):
+        digest.update(f"{name} {hashes[name]}".encode())
     return digest.hexdigest()
 
 
@@ -73,7 +73,8 @@ def write_safetensors(
     """
     text = json.dumps(description, sort_keys=True)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"kind": kind, "description": text, "sha256": _checksum(contiguous, text)}
+    hashes = {name: tensor_hash(value) for name, value in contiguous.items()}
+    metadata = {"kind": kind, "description": text, "sha256": _checksum(hashes, text)}
     try:
         with written_whole(path) as temporary:
             save_file(contiguous, temporary, metadata=metadata)
@@ -106,23 +107,30 @@ def read_safetensors(
 
     Raises `error` if the file is missing, truncated, damaged or of another kind.
     """
-    if not path.is_file():
-        raise error(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata() or {}
+    tensors, _, description = read_some(path, kind, error, lambda _name: True)
+    return tensors, description
+
+
+def read_some(
+    path: Path, kind: str, error: type[UnifiedEditError], wanted: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """As `read_safetensors`, but tensors that are not wanted have a shape only (device "meta").
+
+    All are checked, one at a time. The second part is {name: hash of the tensor}, for `read_one`.
+    """
+    tensors, hashes = {}, {}
+    with _opened(path, error) as handle:
+        metadata = handle.metadata() or {}
+        for name in handle.keys():  # noqa: SIM118
+            held = handle.get_tensor(name)
             # copies: what is handed out may lie in the file itself and change with it
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as problem:
-        raise error(
-            f"{path} cannot be read as safetensors ({problem}): it is damaged, truncated or "
-            "something else; make or download it again"
-        ) from problem
+            tensors[name] = held.clone() if wanted(name) else held.to("meta")
+            hashes[name] = tensor_hash(tensors[name] if wanted(name) else held)
     found = metadata.get("kind", "nothing")
     if found != kind:
         raise error(f"{path} holds {found!r}, but {kind!r} is needed here; {_remedy(found, kind)}")
     text = metadata.get("description", "")
-    if metadata.get("sha256") != _checksum(tensors, text):
+    if metadata.get("sha256") != _checksum(hashes, text):
         raise error(
             f"{path}: the checksum does not match the contents; the file was changed or damaged "
             "after it was written: make or download it again"
@@ -133,4 +141,31 @@ def read_safetensors(
         description = None
     if not isinstance(description, dict):
         raise error(f"{path}: its description is no JSON object; make or download the file again")
-    return tensors, description
+    return tensors, hashes, description
+
+
+def read_one(path: Path, name: str, known: str, error: type[UnifiedEditError]) -> Tensor:
+    """One tensor of a file that was read before, when its hash was `known`; `error` if it is not
+    the same any more."""
+    with _opened(path, error) as handle:
+        tensor = handle.get_tensor(name).clone() if name in handle.keys() else None  # noqa: SIM118
+    if tensor is None or tensor_hash(tensor) != known:
+        raise error(
+            f"{path} does not hold the {name} any more that was in it: the file was replaced or "
+            "changed; put it back, or read the new one"
+        )
+    return tensor
+
+
+@contextmanager
+def _opened(path: Path, error: type[UnifiedEditError]) -> Iterator[Any]:
+    if not path.is_file():
+        raise error(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise error(
+            f"{path} cannot be read as safetensors ({problem}): it is damaged, truncated or "
+            "something else; make or download it again"
+        ) from problem

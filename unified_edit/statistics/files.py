@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from unified_edit.arguments import as_path
 from unified_edit.errors import StatisticsFileError
-from unified_edit.model.tensor_files import read_safetensors, write_safetensors
+from unified_edit.model.tensor_files import read_one, read_some, write_safetensors
 from unified_edit.statistics.collect import Source
+from unified_edit.statistics.moments import Moment, matrix_of
 from unified_edit.statistics.shares import Counted
 
 FORMAT = "unified_edit.key_statistics/3"
@@ -26,7 +29,7 @@ class Content(NamedTuple):
     """What a file of key statistics holds; see `KeyStatistics`."""
 
     source: Source
-    moments: dict[int, Tensor]
+    moments: Mapping[int, Moment]
     agreement: dict[int, float]
     counted: Counted | None
     fresh: dict[int, Tensor]
@@ -34,7 +37,7 @@ class Content(NamedTuple):
 
 def write(path: str | Path, content: Content) -> None:
     """Write a safetensors file, whole or not at all; StatisticsFileError if it cannot be."""
-    tensors = {f"C0.{layer}": moment for layer, moment in content.moments.items()}
+    tensors = {f"C0.{layer}": matrix_of(moment) for layer, moment in content.moments.items()}
     tensors |= {f"fresh.{layer}": keys for layer, keys in content.fresh.items()}
     if content.counted is not None:
         tensors |= content.counted.tensors()
@@ -52,15 +55,17 @@ def moment_of(path: str | Path, layer: int) -> Tensor:
             f"{path} holds C0 of layers {sorted(found)} now, and of layer {layer} no more: it was "
             "replaced; put it back, or read the new one"
         )
-    return found[layer]
+    return matrix_of(found[layer])
 
 
-def _tensors(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _tensors(
+    place: Path, wanted: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
     try:
-        return read_safetensors(place, FORMAT, StatisticsFileError)
+        return read_some(place, FORMAT, StatisticsFileError, wanted)
     except StatisticsFileError:
         with contextlib.suppress(StatisticsFileError):
-            older = read_safetensors(place, OLDER, StatisticsFileError)
+            older = read_some(place, OLDER, StatisticsFileError, wanted)
             if not any(name.startswith("counted.") for name in older[0]):
                 return older
         raise
@@ -72,13 +77,15 @@ def _by_layer(tensors: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
     return {int(layer): tensors[name] for name, (of, _, layer) in kinds.items() if of == kind}
 
 
-def read(path: str | Path) -> Content:
+def read(path: str | Path, *, lazily: bool = False) -> Content:
     """What `write` wrote, or an older version did.
+
+    lazily: C0 is checked, a layer at a time, and what is handed out reads it again.
 
     Raises StatisticsFileError if the file is missing, damaged or of another kind.
     """
     place = as_path(path, "the path of the statistics", StatisticsFileError)
-    tensors, meta = _tensors(place)
+    tensors, hashes, meta = _tensors(place, lambda name: not (lazily and name.startswith("C0.")))
     try:
         if other := {name.partition(".")[0] for name in tensors} - set(_KINDS):
             raise ValueError(f"unknown tensors: {sorted(other)}")
@@ -102,4 +109,11 @@ def read(path: str | Path) -> Content:
                 f"{path}: C0 of layer {layer} has shape {tuple(moment.shape)}, which is not "
                 "square; collect the statistics again"
             )
+    if lazily:
+        names = {layer: f"C0.{layer}" for layer in moments}
+        again = {
+            layer: partial(read_one, place, name, hashes[name], StatisticsFileError)
+            for layer, name in names.items()
+        }
+        return Content(source, again, agreement, counted, fresh)
     return Content(source, moments, agreement, counted, fresh)

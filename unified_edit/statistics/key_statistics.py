@@ -322,8 +322,7 @@ class KeyStatistics:
 
         Raises StatisticsFileError if it cannot be written.
         """
-        moments = {layer: self.C0(layer) for layer in self.layers}
-        write(path, Content(self.source, moments, self.agreement, self.counted, self.fresh))
+        write(path, Content(self.source, self.moments, self.agreement, self.counted, self.fresh))
 
     @classmethod
     def load(cls, path: str | Path) -> KeyStatistics:
@@ -337,8 +336,9 @@ class KeyStatistics:
 
     @classmethod
     def lazily(cls, path: str | Path) -> KeyStatistics:
-        """As `load`, but C0 is not kept: it is read where it is asked for."""
-        return cls.load(path).unread(path)
+        """As `load`, but C0 is not kept: each layer's is read where it is asked for."""
+        found = read(path, lazily=True)
+        return cls(found.source, found.moments, found.agreement, {}, *found[3:])
 
     def unread(self, path: str | Path) -> KeyStatistics:
         """The same without C0, which is read from `path` where it is asked for, and factors."""
