@@ -179,7 +179,7 @@ def run_statistics(args: Namespace) -> Result:
         args.parser.error("give --layers, or else --join FILE ...")
     check_place(args.out, args.force)
     if args.join:
-        made = KeyStatistics.joined([KeyStatistics.load(path) for path in args.join])
+        made = KeyStatistics.joined([KeyStatistics.lazily(path) for path in args.join])
         return _saved_statistics(args, made, {"joined": [str(path) for path in args.join]})
     check_texts(args.texts or [])
     model, tokenizer = model_of(args)
@@ -315,7 +315,7 @@ def ways_of(args: Namespace) -> dict[str, Any]:
 
 def statistics_of(args: Namespace) -> KeyStatistics | None:
     """C0 of the file that is named; None where none is."""
-    return None if args.statistics is None else KeyStatistics.load(args.statistics)
+    return None if args.statistics is None else KeyStatistics.lazily(args.statistics)
 
 
 def _edits(args: Namespace) -> list[Edit]:

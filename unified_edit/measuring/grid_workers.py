@@ -80,7 +80,7 @@ def sweep_in_processes(
 
 def _opened(job: Mapping[str, Any], records: Any, cells: Sequence[Cell]) -> tuple[Any, Any, Work]:
     model, tokenizer = load_model(**job["loading"])
-    found = None if job["statistics"] is None else KeyStatistics.load(job["statistics"])
+    found = None if job["statistics"] is None else KeyStatistics.lazily(job["statistics"])
     work = Work.of(model, tokenizer, records, cells, job["to"], statistics=found, **job["given"])
     return model, tokenizer, work
 
