@@ -369,7 +369,7 @@ FAULTS = (
           "first = len(host[one.ids]) - len(one.target)", EVALUATION),
     Fault("a row read off one that begins otherwise", "model/beginnings.py",
           "if above[: len(row)] == row else row", "if len(above) > len(row) else row", EVALUATION),
-    Fault("positions counted anew behind a beginning", "model/beginnings.py",
+    Fault("positions counted anew behind a beginning", "model/batching.py",
           "torch.minimum(places, ends - 1)", "torch.minimum(places, ends - 1) - places[:, :1]",
           ROWS),
     Fault("a rest behind the beginning of another row", "model/beginnings.py",
@@ -759,8 +759,8 @@ FAULTS = (
     Fault(
         "the lowest block of several is the one below",
         "relations/jacobian.py",
-        "return torch.cat([s[:, None], hidden[:, 1:]], dim=1)",
-        "return torch.cat([s[:, None].detach(), hidden[:, 1:]], dim=1)",
+        "return torch.cat([hidden[:, :at], s[:, None], hidden",
+        "return torch.cat([hidden[:, :at], s[:, None].detach(), hidden",
         RELATIONS,
     ),
     Fault(
@@ -843,8 +843,29 @@ FAULTS = (
     Fault(
         "o is read behind the longest prompt",
         "relations/states.py",
-        "(ids, mask, positions, subject, lengths - 1)",
-        "(ids, mask, positions, subject, torch.full_like(lengths, width - 1))",
+        "return Batch(cache, inputs, subject, last)",
+        "return Batch(cache, inputs, subject, torch.full_like(last, int(last.max())))",
+        RELATIONS,
+    ),
+    Fault(
+        "hooks see the rest of a few-shot prompt only",
+        "relations/states.py",
+        "() if whole else row.ids[: row.own]",
+        "row.ids[: row.own]",
+        RELATIONS,
+    ),
+    Fault(
+        "hooks see what stands behind a subject only",
+        "relations/jacobian.py",
+        "0 if hooked(parts.blocks) else row.subject",
+        "row.subject",
+        RELATIONS,
+    ),
+    Fault(
+        "a half of a batch takes the places of its whole",
+        "relations/states.py",
+        "of_all[chosen] = of_batch",
+        "of_all[: len(chosen)] = of_batch",
         RELATIONS,
     ),
 )  # fmt: skip

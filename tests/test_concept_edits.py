@@ -272,6 +272,23 @@ def test_many_concepts_are_kept_as_one_matrix(sd: Any, tmp_path: Path) -> None:
     assert same(now, weights(sd))
 
 
+def test_a_product_is_made_once_where_it_is_used(sd: Any, monkeypatch: Any) -> None:
+    """W0 D of each matrix: of an edit that is made alone, then put in, then looked for."""
+    unet_ledger = importlib.import_module("unified_edit.concepts.unet_ledger")
+    usual, made = unet_ledger.matmul, list[tuple[int, ...]]()
+
+    def noting(left: Tensor, right: Tensor) -> Tensor:
+        product: Tensor = usual(left, right)
+        made.append(tuple(product.shape))
+        return product
+
+    monkeypatch.setattr(unet_ledger, "matmul", noting)
+    names = [f"{one} {other}" for one in ("red", "male", "a") for other in ("dog", "cat", "art")]
+    method = ERASE.replace(phrasings=("{}", "image of {}", "painting of {}"))
+    edit = edit_concepts(sd, names, method=method)
+    assert edit.text_map.is_dense and len(made) == 3 * len(edit.names)
+
+
 def test_it_is_refused_elsewhere(sd: Any, clip_tokenizer: Any, tmp_path: Path) -> None:
     edit = edit_concepts(sd, "cat", preserve="dog")
     edit.save(tmp_path / "cat.safetensors")

@@ -120,6 +120,70 @@ def test_states_of_every_family_are_those_of_whole_prompts(name: str, tiny_token
         assert close(logp, logits.log_softmax(-1))
 
 
+def test_memory_that_runs_out_costs_time_only(
+    gpt2: Any, tiny_tokenizer: Any, monkeypatch: Any, caplog: Any
+) -> None:
+    parts = anatomy(gpt2)
+    prompt = FewShot(DATA.templates[0], PAIRS[:3])
+    rows = rows_of(Encoder(tiny_tokenizer, parts), prompt, [pair.subject for pair in PAIRS])
+    move = 0.3 * torch.randn(
+        len(rows), parts.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+
+    def all_of_it() -> list[torch.Tensor]:
+        states = read_states(parts, rows, [1])
+        moved = R.outputs_with(parts, rows, 1, [move, -move])
+        logp = R.log_probabilities_of(parts, states.o)
+        return [states.s[1], states.o, states.answers.double(), *moved, logp]
+
+    wanted = all_of_it()
+    usual, most = gpt2.base_model.forward, 2
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        if max(map(len, given)) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(gpt2.base_model, "forward", small)
+    assert all(close(one, other) for one, other in zip(all_of_it(), wanted, strict=True))
+    # states and moved states, and the head that reads answers and probabilities
+    assert "out of memory with 5 at a time" in caplog.text
+    assert "out of memory with 8 at a time" in caplog.text
+    most = 0
+    for some in (rows, [replace(row, own=0) for row in rows]):  # with a beginning, and without
+        with pytest.raises(ModelError, match="even for one at a time"):
+            read_states(parts, some, [1])
+
+
+def test_where_hooks_stand_prompts_are_run_whole(gpt2: Any, tiny_tokenizer: Any) -> None:
+    """A hook by which the first token of a text acts on all others finds that token."""
+    parts = anatomy(gpt2)
+    prompt = FewShot(DATA.templates[0], PAIRS[:3])
+    rows = rows_of(Encoder(tiny_tokenizer, parts), prompt, ["Rome", "Vienna", "Madrid"])
+    move = 0.3 * torch.randn(
+        len(rows), parts.width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    handle = parts.mlp(1).register_forward_hook(
+        lambda _module, _args, output: output + output[:, :1]
+    )
+    with handle:
+        states = read_states(parts, rows, [1])
+        (moved,) = R.outputs_with(parts, rows, 1, [move])
+        for index, row in enumerate(rows):
+            there = list(row.ids), 1, row.subject
+            s, o = reference.forward(gpt2, parts.blocks, *there)
+            assert close(states.s[1][index], s)
+            assert close(states.o[index], o)
+            o = reference.forward(gpt2, parts.blocks, *there, s + move[index])[1]
+            assert close(moved[index], o)
+        found = linearise(parts, rows[1], [0, 2])
+        for layer, jacobian in found.jacobian.items():
+            there = list(rows[1].ids), layer, rows[1].subject
+            assert close(jacobian, reference.jacobian(gpt2, parts.blocks, *there))
+            assert close(found.s[layer], reference.forward(gpt2, parts.blocks, *there)[0])
+
+
 def test_w_and_b_are_the_published_means(gpt2: Any, tiny_tokenizer: Any) -> None:
     relation = R.estimate(gpt2, tiny_tokenizer, DATA, layer=1, n=4, seed=3, unknown="keep")
     examples = [(pair.subject, pair.object) for pair in relation.prompt.examples]

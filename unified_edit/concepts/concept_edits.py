@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +25,9 @@ from unified_edit.concepts.unet_ledger import (
     ledger_in,
     ledger_of_unet,
 )
-from unified_edit.editing.provenance import check_alone, check_arrived
+from unified_edit.editing.reversible import Reversible
 from unified_edit.errors import EditError, EditFileError, UnifiedEditError
 from unified_edit.model.hooks import lock_of
-from unified_edit.model.ledger import Entry
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.objective import Diagnosis, matmul
 
@@ -43,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class ConceptEdit(RecordedConcepts):
+class ConceptEdit(RecordedConcepts, Reversible[UNetLedger]):
     """An edit of concepts in a text-to-image pipeline, by `edit_concepts`, `debias` or `load`.
 
     concepts, preserved: as they were named. towards: for each concept its guide, or what of each
@@ -54,13 +47,7 @@ class ConceptEdit(RecordedConcepts):
     measured.
     """
 
-    _unet: weakref.ref[nn.Module] | None = field(default=None, repr=False)
-
-    @cached_property
-    def id(self) -> str:
-        """16 hexadecimal digits, from everything that the edit does and comes from."""
-        digest = hashlib.sha256(json.dumps(description_of(self), sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+    _applied_to: ClassVar[str] = "pipeline"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,23 +105,7 @@ class ConceptEdit(RecordedConcepts):
 
     # -- in a pipeline ------------------------------------------------------------------------
 
-    @property
-    def ledger(self) -> UNetLedger:
-        """The ledger of the UNet this edit is bound to; EditError if there is none in memory."""
-        unet = self._unet() if self._unet else None
-        if unet is None:
-            raise EditError(
-                "this edit is not bound to a pipeline in memory; say which: edit.apply(pipeline)"
-            )
-        return ledger_of_unet(unet)
-
-    @property
-    def is_applied(self) -> bool:
-        """Whether it is in force in the UNet it is bound to (False if that is gone)."""
-        unet = self._unet() if self._unet else None
-        return unet is not None and any(one.id == self.id for one in ledger_of_unet(unet).active)
-
-    def apply(self, pipeline: Pipeline | None = None) -> ConceptEdit:
+    def apply(self, pipeline: Pipeline | None = None) -> Self:
         """Put the edit into `pipeline`, or into the UNet it is bound to; return the edit.
 
         Raises EditError if it is already applied or changes nothing, EditFileError if the pipeline
@@ -147,59 +118,14 @@ class ConceptEdit(RecordedConcepts):
             parts = opened(pipeline)
             ledger = ledger_in(parts)
             self._check_pipeline(parts, ledger)
-        with lock_of(ledger.model):
-            if any(one.id == self.id for one in ledger.active):
-                raise EditError("this edit is already applied to this pipeline; undo it first")
-            earlier, entry = ledger.active, InForce(self, ledger)
-            for name in self.names:
-                check_alone(ledger, ledger.named(name), entry, self.provenance)
-            self._activate(ledger, earlier, entry)
-        object.__setattr__(self, "_unet", weakref.ref(ledger.model))
-        return self
+        return self._put_in(ledger, InForce(self, ledger), self.provenance)
 
     def put_in(self, ledger: UNetLedger, instead: ConceptEdit | None = None) -> None:
         """Put an edit that was just made into its UNet, in the place of another one if given."""
         with lock_of(ledger.model):
             out = None if instead is None else instead.id
             earlier = tuple(one for one in ledger.active if one.id != out)
-            self._activate(ledger, earlier, InForce(self, ledger))
-        object.__setattr__(self, "_unet", weakref.ref(ledger.model))
-
-    def _activate(self, ledger: UNetLedger, earlier: tuple[Entry, ...], entry: InForce) -> None:
-        with ledger.rollback():
-            ledger.activate((*earlier, entry))
-            for name in self.names:
-                check_arrived(ledger, ledger.named(name), entry, earlier)
-
-    def undo(self) -> ConceptEdit:
-        """Take the edit out again, bit for bit, whatever was applied after it; return the edit.
-
-        Raises EditError if it is not applied, ModelChangedError if a matrix was changed by
-        something else (nothing is overwritten then).
-        """
-        ledger = self.ledger
-        with lock_of(ledger.model):
-            remaining = [one for one in ledger.active if one.id != self.id]
-            if len(remaining) == len(ledger.active):
-                raise EditError("this edit is not applied, so it cannot be undone; apply it first")
-            ledger.activate(remaining)
-        return self
-
-    @contextmanager
-    def applied(self) -> Iterator[ConceptEdit]:
-        """Inside, the edit is in force; after, the pipeline is in the state that was found."""
-        with self.ledger.state_kept():
-            if not self.is_applied:
-                self.apply()
-            yield self
-
-    @contextmanager
-    def undone(self) -> Iterator[ConceptEdit]:
-        """Inside, the edit is not in force; after, the pipeline is in the state that was found."""
-        with self.ledger.state_kept():
-            if self.is_applied:
-                self.undo()
-            yield self
+            self._activate(ledger, earlier, InForce(self, ledger), self.provenance)
 
     def _check_pipeline(self, parts: Opened, ledger: UNetLedger) -> None:
         made_for = self.provenance
@@ -213,6 +139,12 @@ class ConceptEdit(RecordedConcepts):
             f"the {which} differs in weights, type or configuration. Load the pipeline it was made "
             "for, in the same dtype"
         )
+
+    def _described(self) -> dict[str, Any]:
+        return description_of(self)
+
+    def _ledger_of(self, model: nn.Module) -> UNetLedger:
+        return ledger_of_unet(model)
 
     # -- on disk ------------------------------------------------------------------------------
 

@@ -17,15 +17,14 @@ from unified_edit.concepts.cross_attention import Opened, Pipeline, opened
 from unified_edit.concepts.encoding import Text, encode, read_text
 from unified_edit.concepts.solving import preserved_metric, solve_concepts, through
 from unified_edit.concepts.unet_ledger import (
-    InForce,
+    OfMatrices,
     UNetLedger,
     encoder_fingerprints,
     ledger_in,
 )
-from unified_edit.editing.provenance import Touched
+from unified_edit.editing.provenance import touched_by
 from unified_edit.errors import ContradictionError, FactError, MethodError, brief, quote
 from unified_edit.facts.facts import clean_text
-from unified_edit.model.fingerprints import tensor_hash
 from unified_edit.model.hooks import lock_of
 from unified_edit.objective import Metric, Update
 
@@ -192,22 +191,13 @@ class Solved:
         ledger, asked = self.ledger, self.asked
         R = through(self.before, moved)
         text_map = solve_concepts(self.metric, self.C, R, weight=asked.method.edit_weight)
-        alone = InForce(_Alone("alone", text_map), ledger)
-        touched = {
-            name: Touched(
-                weight.layer,
-                tensor_hash(ledger.base_weight(weight)),
-                tensor_hash(ledger.with_edits(weight, [alone])),
-            )
-            for name, weight in ledger.weights.items()
-        }
         provenance = ConceptProvenance(
             fingerprint=ledger.fingerprint(),
             encoders=encoder_fingerprints(self.parts),
             state=self.state,
             model=self.parts.name,
             library=version("unified_edit"),
-            weights=touched,
+            weights=touched_by(ledger, ledger.weights.values(), OfMatrices(text_map, ledger)),
             seed=seed,
         )
         return ConceptEdit(
@@ -223,11 +213,3 @@ class Solved:
             provenance=provenance,
             rounds=rounds,
         )
-
-
-@dataclass(frozen=True)
-class _Alone:
-    """An edit in the making, as the ledger sees it."""
-
-    id: str
-    text_map: Update

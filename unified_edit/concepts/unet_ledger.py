@@ -57,11 +57,11 @@ class InForce:
     def __init__(self, edit: Mapped, ledger: UNetLedger) -> None:
         self.edit = edit
         self.id = edit.id
-        self.updates: Mapping[str, Update] = _Updates(edit.text_map, ledger)
+        self.updates: Mapping[str, Update] = OfMatrices(edit.text_map, ledger)
 
 
-class _Updates(Mapping[str, Update]):
-    """W0 D of each matrix, made when it is asked for.
+class OfMatrices(Mapping[str, Update]):
+    """One map D as an update of each matrix of a UNet: W0 D, made when it is asked for.
 
     The products have the same bits on every machine, so that a file that holds D alone gives the
     weights whose hashes it carries. Dense, those of Stable Diffusion XL take 3 GB: none is kept.
@@ -81,6 +81,9 @@ class _Updates(Mapping[str, Update]):
             if not self._map.is_dense:
                 self._left[name] = left
         return Update(left, self._map.right, self._map.diagnosis)
+
+    def __contains__(self, name: object) -> bool:  # that of `Mapping` would make the product
+        return name in self._ledger.weights
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ledger.weights)

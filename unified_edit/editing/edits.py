@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,13 +19,9 @@ from unified_edit.editing.edit_files import (
     read,
     tensors_of,
 )
-from unified_edit.editing.provenance import (
-    check_alone,
-    check_arrived,
-    rounding_errors,
-)
+from unified_edit.editing.provenance import rounding_errors
+from unified_edit.editing.reversible import Reversible
 from unified_edit.errors import EditError, EditFileError
-from unified_edit.model.hooks import lock_of
 from unified_edit.model.ledger import Ledger, ledger_of
 from unified_edit.model.tensor_files import read_safetensors, write_safetensors
 from unified_edit.objective import Diagnosis
@@ -39,11 +29,9 @@ from unified_edit.objective import Diagnosis
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, eq=False)
-class Edit(Recorded):
+class Edit(Recorded, Reversible[Ledger]):
     """One edit of a model, made by `edit` or `fine_tune`, or read by `Edit.load`.
 
     updates: {name of a weight: `Update`}. keys: {name of a weight: K (d_in x columns)}, what the
@@ -53,14 +41,6 @@ class Edit(Recorded):
     the edit was made with a history. kept: what became of each item that was to be preserved by
     name, for which preserved_keys has {name: K_p (d_in x keys)}.
     """
-
-    _model: weakref.ref[PreTrainedModel] | None = field(default=None, repr=False)
-
-    @cached_property
-    def id(self) -> str:
-        """16 hexadecimal digits, from everything that the edit does and comes from."""
-        digest = hashlib.sha256(json.dumps(description_of(self), sort_keys=True).encode())
-        return digest.hexdigest()[:16]
 
     @property
     def names(self) -> dict[int, str]:
@@ -145,27 +125,11 @@ class Edit(Recorded):
 
     def bound_to(self, model: PreTrainedModel) -> Edit:
         """The same edit, known to be of a model in memory."""
-        return replace(self, _model=weakref.ref(model))
+        return replace(self, _bound=weakref.ref(model))
 
     # -- in a model ---------------------------------------------------------------------------
 
-    @property
-    def ledger(self) -> Ledger:
-        """The ledger of the model this edit is bound to; EditError if there is none."""
-        model = self._model() if self._model else None
-        if model is None:
-            raise EditError(
-                "this edit is not bound to a model in memory; say which: edit.apply(model)"
-            )
-        return ledger_of(model)
-
-    @property
-    def is_applied(self) -> bool:
-        """Whether it is in force in the model it is bound to (False if that is gone)."""
-        model = self._model() if self._model else None
-        return model is not None and any(e.id == self.id for e in ledger_of(model).active)
-
-    def apply(self, model: PreTrainedModel | None = None) -> Edit:
+    def apply(self, model: PreTrainedModel | None = None) -> Self:
         """Put the edit into `model`, or into the one it is bound to; return the edit.
 
         Raises EditError if it is already applied or changes nothing, EditFileError if the
@@ -177,57 +141,7 @@ class Edit(Recorded):
         else:
             ledger = ledger_of(model)
             self._check_model(ledger)
-        with lock_of(ledger.model):
-            if any(edit.id == self.id for edit in ledger.active):
-                raise EditError("this edit is already applied to this model; undo it first")
-            weights = [ledger.parts.named(name) for name in self.updates]
-            for weight in weights:
-                check_alone(ledger, weight, self, self.provenance)
-            earlier = ledger.active
-            with ledger.rollback():
-                ledger.activate((*earlier, self))
-                for weight in weights:
-                    check_arrived(ledger, weight, self, earlier)
-        if model is not None:
-            object.__setattr__(self, "_model", weakref.ref(model))
-        return self
-
-    def undo(self) -> Edit:
-        """Take the edit out again, bit for bit, whatever was applied after it; return the edit.
-
-        Raises EditError if it is not applied, ModelChangedError if a touched weight was changed
-        by something else (nothing is overwritten then).
-        """
-        ledger = self.ledger
-        with lock_of(ledger.model):
-            remaining = [edit for edit in ledger.active if edit.id != self.id]
-            if len(remaining) == len(ledger.active):
-                raise EditError("this edit is not applied, so it cannot be undone; apply it first")
-            ledger.activate(remaining)
-        return self
-
-    @contextmanager
-    def applied(self) -> Iterator[Edit]:
-        """Inside, the edit is in force; after, the model is in the state that was found.
-
-        Meanwhile the model belongs to this thread: others that ask or edit it wait. So do not wait
-        inside for one of them.
-        """
-        with self.ledger.state_kept():
-            if not self.is_applied:
-                self.apply()
-            yield self
-
-    @contextmanager
-    def undone(self) -> Iterator[Edit]:
-        """Inside, the edit is not in force; after, the model is in the state that was found.
-
-        As with `applied`, other threads wait meanwhile.
-        """
-        with self.ledger.state_kept():
-            if self.is_applied:
-                self.undo()
-            yield self
+        return self._put_in(ledger, self, self.provenance)
 
     def _check_model(self, ledger: Ledger) -> None:
         found = ledger.fingerprint()
@@ -238,6 +152,12 @@ class Edit(Recorded):
                 f"({ledger.parts.name!r}, {found[:12]}); weights, type or "
                 "configuration differ. Load the model it was made for, in the same dtype"
             )
+
+    def _described(self) -> dict[str, Any]:
+        return description_of(self)
+
+    def _ledger_of(self, model: PreTrainedModel) -> Ledger:
+        return ledger_of(model)
 
     # -- on disk ------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal, Protocol
@@ -213,7 +213,22 @@ class Alone:
     """An edit in the making, as the ledger sees it."""
 
     id: str
-    updates: dict[str, Update]
+    updates: Mapping[str, Update]
+
+
+def touched_by(
+    ledger: WeightLedger, weights: Iterable[NamedWeight], updates: Mapping[str, Update]
+) -> dict[str, Touched]:
+    """{name: `Touched`} of the weights that an edit in the making updates."""
+    alone = Alone("alone", updates)
+    return {
+        weight.name: Touched(
+            weight.layer,
+            tensor_hash(ledger.base_weight(weight)),
+            tensor_hash(ledger.with_edits(weight, [alone])),
+        )
+        for weight in weights
+    }
 
 
 def provenance_of(
@@ -232,7 +247,7 @@ def provenance_of(
     spent: Mapping[str, Spent] | None = None,
 ) -> Provenance:
     """The record of an edit of the ledger's model, which does not hold it yet."""
-    alone, parts = Alone("alone", updates), ledger.parts
+    parts = ledger.parts
     return Provenance(
         fingerprint=ledger.fingerprint(),
         state=state,
@@ -241,14 +256,7 @@ def provenance_of(
         library=version("unified_edit"),
         seed=seed,
         prefixes=prefixes,
-        weights={
-            weight.name: Touched(
-                weight.layer,
-                tensor_hash(ledger.base_weight(weight)),
-                tensor_hash(ledger.with_edits(weight, [alone])),
-            )
-            for weight in weights
-        },
+        weights=touched_by(ledger, weights, updates),
         statistics=statistics,
         origin=parts.origin,
         on_shared_subject=on_shared_subject,

@@ -38,6 +38,26 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str
     return {name: value.to(device) for name, value in batch.items()}
 
 
+def right_padded(
+    rows: Sequence[tuple[Sequence[int], int]], device: torch.device
+) -> dict[str, Tensor]:
+    """Inputs of the rest of each row, from a token on: what attention looks back on has no gap.
+
+    A window of attention counts places, with padding between them, not positions.
+    """
+    width = max(len(row) - start for row, start in rows)
+    rests = [[*row[start:], *[0] * (width - len(row) + start)] for row, start in rows]
+    ends = torch.tensor([len(row) for row, _ in rows])[:, None]
+    places = torch.tensor([start for _, start in rows])[:, None] + torch.arange(width)
+    batch = {
+        "input_ids": torch.tensor(rests),
+        "attention_mask": (places < ends).long(),
+        # padding repeats the last one, so that none beyond the model's limit is asked for
+        "position_ids": torch.minimum(places, ends - 1),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def batches_by_length(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Yield lists of indices of similar length, each with at most `tokens` padded tokens."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import left_padded
+from unified_edit.model.batching import left_padded, right_padded
 from unified_edit.model.devices import halving, tokens_that_fit
 from unified_edit.model.hooks import PLAIN_OUTPUT, one_kernel
 
@@ -206,7 +206,7 @@ def _behind_stems(
         ) -> Tensor:
             some = [rows[index] for index in chosen]
             at = torch.tensor([place for place, *_ in some], device=device)
-            inputs = _right_padded([(row, start) for _, start, row in some], device)
+            inputs = right_padded([(row, start) for _, start, row in some], device)
             before = mask[at]
             inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], dim=1)
             return _body(parts, inputs, _of_rows(cache, at, before))
@@ -226,24 +226,6 @@ def _body(parts: Anatomy, inputs: dict[str, Tensor], cache: DynamicCache | None 
         return parts.model.base_model(
             **inputs, past_key_values=cache, use_cache=cache is not None, **PLAIN_OUTPUT
         ).last_hidden_state
-
-
-def _right_padded(rows: Sequence[tuple[Ids, int]], device: torch.device) -> dict[str, Tensor]:
-    """Inputs of the rest of each row, from a token on: what attention looks back on has no gap.
-
-    A window of attention counts places, with padding between them, not positions.
-    """
-    width = max(len(row) - start for row, start in rows)
-    rests = [[*row[start:], *[0] * (width - len(row) + start)] for row, start in rows]
-    ends = torch.tensor([len(row) for row, _ in rows])[:, None]
-    places = torch.tensor([start for _, start in rows])[:, None] + torch.arange(width)
-    batch = {
-        "input_ids": torch.tensor(rests),
-        "attention_mask": (places < ends).long(),
-        # padding repeats the last one, so that none beyond the model's limit is asked for
-        "position_ids": torch.minimum(places, ends - 1),
-    }
-    return {name: value.to(device) for name, value in batch.items()}
 
 
 def _of_rows(cache: DynamicCache, rows: Tensor, mask: Tensor) -> DynamicCache:

@@ -2,7 +2,8 @@
 
 o depends on s, the output of a block at the subject's last token, with everything else at that
 block left as it is. What stands before that token does not depend on s: it is run once, without
-gradients, and only the tokens from there on are differentiated. Backward from o with one row for
+gradients, and only the tokens from there on are differentiated (all of them where somebody's hooks
+stand in the blocks: one may want whole texts). Backward from o with one row for
 each of its coordinates gives all of do/ds, and on its way down passes the s of every block, so
 that several layers cost what the lowest of them costs.
 """
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unified_edit.errors import ModelError
 from unified_edit.model.anatomy import Anatomy
+from unified_edit.model.beginnings import hooked
 from unified_edit.model.hooks import captured, quiet, replaced_output
 from unified_edit.model.prompts import Row
 from unified_edit.relations.states import batch_of, run_prefix
@@ -53,17 +55,19 @@ def linearise(parts: Anatomy, row: Row, layers: Sequence[int]) -> Linearised:
             f"0..{parts.n_layers - 2}"
         )
     last = {"o": (parts.blocks[parts.n_layers - 1], "output")}
+    shared = 0 if hooked(parts.blocks) else row.subject
+    at = row.subject - shared
     with quiet(parts.model):
         with torch.no_grad():
-            batch = batch_of(parts, [row], row.subject, run_prefix(parts, row.ids[: row.subject]))
+            batch = batch_of(parts, [row], shared, run_prefix(parts, row.ids[:shared]))
         nodes: dict[int, Tensor] = {}
 
         def opened(layer: int, hidden: Tensor) -> Tensor:
-            s = hidden[:, 0].clone()
+            s = hidden[:, at].clone()
             if not nodes:  # the lowest block: whatever lies below it is a constant
                 s = s.detach().requires_grad_()
             nodes[layer] = s
-            return torch.cat([s[:, None], hidden[:, 1:]], dim=1)
+            return torch.cat([hidden[:, :at], s[:, None], hidden[:, at + 1 :]], dim=1)
 
         # of the fused attentions' ways back not all can be batched; the plain one can
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:

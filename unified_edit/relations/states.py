@@ -1,14 +1,15 @@
 """Running a model on prompts that begin alike: what their subjects and answers are inside of it.
 
 The few-shot examples are the same for all subjects, so they are run once and their attention keys
-and values are kept; of each prompt only what is its own is run. s is the output of a block at the
-subject's last token, o the output of the last block at the prompt's last token, in front of the
-final norm: both as in the published code.
+and values are kept; of each prompt only what is its own is run. Where somebody's hooks stand in the
+blocks, prompts are run whole: a hook may want that. s is the output of a block at the subject's
+last token, o the output of the last block at the prompt's last token, in front of the final norm:
+both as in the published code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,18 @@ from transformers import DynamicCache
 
 from unified_edit.errors import RelationError
 from unified_edit.model.anatomy import Anatomy
-from unified_edit.model.batching import batches_by_length
+from unified_edit.model.batching import batches_by_length, right_padded
+from unified_edit.model.beginnings import hooked
+from unified_edit.model.devices import halving, tokens_that_fit
 from unified_edit.model.hooks import PLAIN_OUTPUT, captured, noticing_tuples, quiet, stubbed
 from unified_edit.model.packed import PrefixCache, gives_tuples, logits_behind
 from unified_edit.model.prompts import Row
 from unified_edit.relations.prompts import Asked
 
-#: Positions of the vocabulary's logits made at a time, and rows run together.
+#: Positions of the vocabulary's logits made at a time.
 AT_ONCE = 256
+#: Tokens (with padding) of one forward, where there is room for them.
+TOKENS = 2048
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -52,67 +57,75 @@ def run_prefix(parts: Anatomy, ids: Sequence[int]) -> Cache:
 class Batch:
     """Prompts that begin with the same tokens, whose keys and values are in `cache`.
 
-    ids, mask, positions: what is run of each (rows x longest; padded at the right).
-    subject, last: places of the subject's last token and of the prompt's (rows).
+    inputs: of the forward, padded at the right; its ids (rows x longest) are what is run of each.
+    subject, last: places there of the subject's last token and of the prompt's (rows).
     """
 
     cache: Cache
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
+    inputs: dict[str, Tensor]
     subject: Tensor
     last: Tensor
 
     def run(self, parts: Anatomy) -> None:
         """One forward of the model's body over all rows."""
-        rows = len(self.ids)
+        rows = len(self.last)
         cache = [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self.cache]
         parts.model.base_model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            past_key_values=PrefixCache(cache),
-            use_cache=True,
-            **PLAIN_OUTPUT,
+            **self.inputs, past_key_values=PrefixCache(cache), use_cache=True, **PLAIN_OUTPUT
         )
 
     @property
     def each(self) -> Tensor:
         """0, 1, ... for the rows."""
-        return torch.arange(len(self.ids), device=self.ids.device)
+        return torch.arange(len(self.last), device=self.last.device)
 
 
 def batch_of(parts: Anatomy, rows: Sequence[Row], shared: int, cache: Cache) -> Batch:
     """The rows from token `shared` on; `cache` is that of the tokens before."""
     device = parts.model.device
-    lengths = torch.tensor([len(row.ids) - shared for row in rows])
-    width = int(lengths.max())
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for place, row in enumerate(rows):
-        ids[place, : len(row.ids) - shared] = torch.tensor(row.ids[shared:])
-    steps = torch.arange(width)
-    own = (steps < lengths[:, None]).long()
-    mask = torch.cat([torch.ones(len(rows), shared, dtype=torch.long), own], dim=1)
-    # padding repeats the last position, so that none beyond the model's limit is asked for
-    positions = shared + torch.minimum(steps, lengths[:, None] - 1)
-    subject = torch.tensor([row.subject - shared for row in rows])
-    ids, mask, positions, subject, last = (
-        value.to(device) for value in (ids, mask, positions, subject, lengths - 1)
-    )
-    return Batch(cache, ids, mask, positions, subject, last)
+    inputs = right_padded([(row.ids, shared) for row in rows], device)
+    before = inputs["attention_mask"].new_ones(len(rows), shared)
+    inputs["attention_mask"] = torch.cat([before, inputs["attention_mask"]], dim=1)
+    subject = torch.tensor([row.subject - shared for row in rows], device=device)
+    last = torch.tensor([len(row.ids) - shared - 1 for row in rows], device=device)
+    return Batch(cache, inputs, subject, last)
 
 
-def batches(parts: Anatomy, rows: Sequence[Asked]) -> Iterator[tuple[list[int], Batch]]:
-    """Indices of rows, and the batch that they are; what several begin with is run once."""
+def run_all(
+    parts: Anatomy, rows: Sequence[Asked], run: Callable[[Sequence[int], Batch], list[Tensor]]
+) -> list[Tensor]:
+    """What `run` gives for indices of rows and the batch that they are, put together for all rows.
+
+    Each of its tensors is (rows of the batch x ...). What several rows begin with is run once. How
+    many rows are run together follows from the memory that is free; where it runs out all the same,
+    they are run in halves.
+
+    Raises ModelError where there is no memory for a single row.
+    """
+    if not rows:
+        return []
+    whole = hooked(parts.blocks)
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        alike.setdefault(row.ids[: row.own], []).append(index)
+        alike.setdefault(() if whole else row.ids[: row.own], []).append(index)
+    longest = max(len(row.ids) for row in rows)
+    tokens = tokens_that_fit(parts.model, longest=longest, most=TOKENS)
+    found: list[Tensor] = []
     for head, indices in alike.items():
-        cache = run_prefix(parts, head)
+        ((_, cache),) = halving(lambda one: run_prefix(parts, one[0]), [[head]])
+
+        def run_some(
+            chosen: Sequence[int], shared: int = len(head), cache: Cache = cache
+        ) -> list[Tensor]:
+            return run(chosen, batch_of(parts, [rows[index] for index in chosen], shared, cache))
+
         lengths = [len(rows[index].ids) - len(head) for index in indices]
-        for places in batches_by_length(lengths, max(AT_ONCE * 8, max(lengths))):
-            chosen = [indices[place] for place in places]
-            yield chosen, batch_of(parts, [rows[index] for index in chosen], len(head), cache)
+        batches = ([indices[at] for at in some] for some in batches_by_length(lengths, tokens))
+        for chosen, made in halving(run_some, batches):
+            found = found or [one.new_zeros(len(rows), *one.shape[1:]) for one in made]
+            for of_all, of_batch in zip(found, made, strict=True):
+                of_all[chosen] = of_batch
+    return found
 
 
 @dataclass(frozen=True)
@@ -131,36 +144,39 @@ class States:
 @torch.no_grad()
 def read_states(parts: Anatomy, rows: Sequence[Asked], layers: Sequence[int]) -> States:
     """s at some layers, o and the answer of each row; RelationError where they are not finite."""
-    s: dict[int, Tensor] = {}
-    o = torch.empty(0)
     deepest = parts.n_layers - 1
     sites = {layer: (parts.blocks[layer], "output") for layer in {*layers, deepest}}
+
+    def run(_chosen: Sequence[int], batch: Batch) -> list[Tensor]:
+        with captured(sites) as seen:
+            batch.run(parts)
+        o = seen[deepest][batch.each, batch.last]
+        return [o, *(seen[layer][batch.each, batch.subject] for layer in layers)]
+
     with quiet(parts.model):
-        for chosen, batch in batches(parts, rows):
-            with captured(sites) as seen:
-                batch.run(parts)
-            if not o.numel():
-                empty = seen[deepest].new_zeros(len(rows), seen[deepest].shape[-1])
-                o, s = empty, {layer: empty.clone() for layer in layers}
-            o[chosen] = seen[deepest][batch.each, batch.last]
-            for layer in layers:
-                s[layer][chosen] = seen[layer][batch.each, batch.subject]
+        o, *each = run_all(parts, rows, run) or [torch.empty(0)]
         answers = decode(parts, o)
     if not bool(torch.isfinite(o).all()):
         raise RelationError(
             "the model's states are not finite: its weights are damaged or overflow "
             f"{o.dtype}; load it again, or in a wider type"
         )
-    return States(s, o, answers)
+    return States(dict(zip(layers, each, strict=bool(rows))), o, answers)
 
 
 def _logits(parts: Anatomy, o: Tensor) -> Iterator[Tensor]:
     """Logits of the next token from outputs of the last block (rows x d), some rows at a time."""
     with torch.no_grad(), quiet(parts.model):
         as_tuple = gives_tuples(parts)
-        for some in o.split(AT_ONCE):
-            if len(some):
-                yield logits_behind(parts, some.to(parts.model.dtype), as_tuple)
+
+        def run(some: Sequence[int]) -> Tensor:
+            hidden = o[some[0] : some[-1] + 1].to(parts.model.dtype)
+            return logits_behind(parts, hidden, as_tuple)
+
+        places = range(len(o))
+        spans = [places[start : start + AT_ONCE] for start in places[::AT_ONCE]]
+        for _, logits in halving(run, spans):
+            yield logits
 
 
 def log_probabilities_of(parts: Anatomy, o: Tensor) -> Tensor:
@@ -185,22 +201,22 @@ def outputs_with(
     parts: Anatomy, rows: Sequence[Asked], layer: int, moves: Sequence[Tensor]
 ) -> list[Tensor]:
     """o of each row (rows x d) with s moved at `layer`, for each of several moves (rows x d)."""
-    found: list[Tensor] = []
-    deepest = parts.blocks[parts.n_layers - 1]
-    with quiet(parts.model):
-        for chosen, batch in batches(parts, rows):
-            below = {"hidden": (parts.blocks[layer], "output")}
-            with noticing_tuples(parts.blocks[layer]) as returned, captured(below) as seen:
+    block, deepest = parts.blocks[layer], parts.blocks[parts.n_layers - 1]
+
+    def run(chosen: Sequence[int], batch: Batch) -> list[Tensor]:
+        with noticing_tuples(block) as returned, captured({"s": (block, "output")}) as below:
+            batch.run(parts)
+        found = []
+        for move in moves:
+            hidden = below["s"].clone()
+            hidden[batch.each, batch.subject] += move[chosen].to(hidden)
+            with (
+                stubbed(list(parts.blocks[: layer + 1]), hidden, returned[0]),
+                captured({"o": (deepest, "output")}) as above,
+            ):
                 batch.run(parts)
-            for number, move in enumerate(moves):
-                hidden = seen["hidden"].clone()
-                hidden[batch.each, batch.subject] += move[chosen].to(hidden)
-                with (
-                    stubbed(list(parts.blocks[: layer + 1]), hidden, returned[0]),
-                    captured({"o": (deepest, "output")}) as above,
-                ):
-                    batch.run(parts)
-                if len(found) == number:
-                    found.append(above["o"].new_zeros(len(rows), above["o"].shape[-1]))
-                found[number][chosen] = above["o"][batch.each, batch.last]
-    return found
+            found.append(above["o"][batch.each, batch.last])
+        return found
+
+    with quiet(parts.model):
+        return run_all(parts, rows, run)
