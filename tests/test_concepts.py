@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from reference_methods import uce_weight
@@ -85,23 +83,23 @@ def test_edits_in_force_are_one_map() -> None:
     assert torch.equal(through([], X), X)
 
 
-def test_real_shapes_in_a_second() -> None:
+def test_one_map_serves_all_matrices_at_real_shapes() -> None:
     """The 32 matrices of Stable Diffusion 1.4, 10 concepts erased and 100 preserved.
 
-    One factor and one solution serve them all. With keys as long as CLIP's (28) the published
-    inverse has a condition of 2e4.
+    One factor and one solution serve them all; `benchmarks/concepts.py` says how fast. With keys as
+    long as CLIP's (28) the published inverse has a condition of 2e4.
     """
     keys = random(D_TEXT, 120)
     C, G, P = (28 * one / one.norm(dim=0) for one in keys.split([10, 10, 100], dim=1))
     weights = [random(d_out, D_TEXT, seed=i) / 28 for i, d_out in enumerate(SD_1 * 2)]
-    start = time.process_time()
     D = solve_concepts(preserved_metric(P), C, G - C)
     updates = [(W0 @ D.left) @ D.right for W0 in weights]
-    assert time.process_time() - start < 1.0
     assert len(updates) == 32
-    W0 = weights[0]
-    edited = [(C[:, i], W0 @ G[:, i]) for i in range(10)]
-    assert relative(W0 + updates[0], uce_weight(W0, edited, list(P.unbind(1)))) < 1e-12
+    for which in (0, 31):
+        W0 = weights[which]
+        edited = [(C[:, i], W0 @ G[:, i]) for i in range(10)]
+        literal = uce_weight(W0, edited, list(P.unbind(1)))
+        assert relative(W0 + updates[which], literal) < 1e-12
 
 
 def test_bad_numbers() -> None:
