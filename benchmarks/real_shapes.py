@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of GPT-2's tokenizer")
     parser.add_argument("--corpus", type=Path, required=True, help="a text file for C0")
     parser.add_argument("--layers", type=int, nargs="*")
+    parser.add_argument("--facts", type=int, default=len(FACTS), help="so many of the facts")
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--shrinkage", type=float, default=1e-2)
     parser.add_argument("--out", type=Path)
@@ -112,6 +113,7 @@ def main() -> None:
     if arguments.layers:
         method = method.replace(layers=tuple(arguments.layers))
     method = method.resolve(anatomy(model))
+    facts = FACTS[: arguments.facts]
     lines = arguments.corpus.read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if len(line) > 200]
     folder = tempfile.TemporaryDirectory()
@@ -125,7 +127,7 @@ def main() -> None:
         return {i: tensor_hash(anatomy(model).weight(i).parameter) for i in method.layers}
 
     before = hashes()
-    edit = ue.edit(model, tokenizer, FACTS, method, statistics=stats)
+    edit = ue.edit(model, tokenizer, facts, method, statistics=stats)
     lap("edit")
     changed = hashes()
     edit.undo()
@@ -136,7 +138,7 @@ def main() -> None:
         "dtype": str(model.dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
         "method": method.name,
-        "facts": len(FACTS),
+        "facts": len(facts),
         "layers": method.layers,
         "tokens": stats.source.tokens,
         "shrinkage": stats.source.shrinkage,

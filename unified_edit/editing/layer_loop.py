@@ -144,6 +144,7 @@ def write_one(
         if place == 0:
             keys = first_keys  # nothing has changed since
         else:
+            del metric  # GPT-J's takes 2 GiB, and so does the next one
             metric = _metric(parts, plan, weight, statistics, past, made)
             keys = keys_of(parts, rows, [weight.layer], method.key_mean)[weight.layer]
             keys = column_means(keys, columns)
