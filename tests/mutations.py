@@ -413,7 +413,7 @@ FAULTS = (
     Fault("a model's own penalties count", "measuring/generation.py",
           "model.generation_config = GenerationConfig()", "pass", GENERATION),
     Fault("checksums not compared", "model/tensor_files.py",
-          'if metadata.get("sha256") != _checksum(tensors, text):', "if False:", BAD_INPUT),
+          'if metadata.get("sha256") != _checksum(hashes, text):', "if False:", BAD_INPUT),
     Fault("another file taken for the packaged one", "model/packages.py",
           "if sha256 != PACKAGED[name].sha256:", "if False:", GGUF),
     Fault("a copy of another file taken for this one's", "model/dequantised.py",
