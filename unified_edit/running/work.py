@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ LOOK = 0.5
 #: Times that damaged pieces are computed again.
 ATTEMPTS = 3
 SOLVING, LOCK = "solving", "solving.lock"
+#: Who has this lock takes a piece; others ask again after so many seconds.
+TURNS, TURN = "turns.lock", 0.02
 
 
 def run(
@@ -181,6 +184,14 @@ def _alone(place: RunFolder) -> AbstractContextManager[bool]:
         return nullcontext(True)
 
 
+def _in_turn(folder: Path) -> AbstractContextManager[bool]:
+    """Inside, whether it is our turn to take a piece; without locks always, as in `_alone`."""
+    try:
+        return taken(folder / TURNS)
+    except OSError:
+        return nullcontext(True)
+
+
 class Work:
     """The pieces of all stages, and the part of them that this process does.
 
@@ -201,20 +212,25 @@ class Work:
         """Until all pieces are there, whoever makes them."""
         with progress("pieces", len(self.made), "piece") as bar:
             while True:
-                there = files_there(self.worker.folder)
-                missing = [one for one in self.order if not one[0].done(there)]
-                if not missing or is_finished(self.worker.folder, self.worker.sign.config):
-                    return  # at the end shares of the text are deleted, so files may be missing
-                bar.update(len(self.made) - len(missing) - bar.n)
-                others = {sign.piece for sign in self.worker.others()}
-                free = next((one for one in missing if one[0].name not in others), None)
-                if free is None:
+                # who looks also takes, before another one looks: or both would make the same
+                with _in_turn(self.worker.folder) as ours:
+                    there = files_there(self.worker.folder)
+                    missing = [one for one in self.order if not one[0].done(there)]
+                    if not missing or is_finished(self.worker.folder, self.worker.sign.config):
+                        return  # at the end shares of the text are deleted, so files may be missing
+                    bar.update(len(self.made) - len(missing) - bar.n)
+                    others = {sign.piece for sign in self.worker.others()}
+                    free = next((one for one in missing if one[0].name not in others), None)
+                    if ours and free is not None:
+                        self.worker.takes(free[0].name)
+                if not ours:
+                    time.sleep(TURN)
+                elif free is None:
                     time.sleep(LOOK)
                 else:
                     self._make(*free)
 
     def _make(self, piece: Piece, stage: Stage, place: int) -> None:
-        self.worker.takes(piece.name)
         began = time.monotonic()
         try:
             stage.make(place)
