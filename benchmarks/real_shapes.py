@@ -33,7 +33,7 @@ from transformers import (
 
 import unified_edit as ue
 from unified_edit.model import anatomy, tensor_hash
-from unified_edit.model.devices import free_bytes
+from unified_edit.statistics.sums import room
 
 log = logging.getLogger("real_shapes")
 
@@ -73,7 +73,7 @@ def statistics_in(
     """C0 of layers, each in a file of `folder`, from which it is read where it is used."""
     made = ue.KeyStatistics.collect(
         model, tokenizer, texts, layers,
-        max_memory=free_bytes("cpu") // 2, folder=folder, max_tokens=256, **how,
+        max_memory=room(), folder=folder, max_tokens=256, **how,
     )  # fmt: skip
     files = {layer: folder / f"layer-{layer}.safetensors" for layer in layers}
     for layer, path in files.items():

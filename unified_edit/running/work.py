@@ -137,7 +137,7 @@ def run(
                 work.through()
             if gather is False:
                 break
-            with _alone(place) as ours:
+            with _alone(place.path / LOCK) as ours:
                 if not ours or is_finished(place.path, config.digest):
                     break
                 worker.takes(SOLVING)
@@ -172,23 +172,15 @@ def _use_prefixes(editor: Editor, settings: Settings, prefixes: Sequence[str]) -
     editor.memory.put(key, tuple(prefixes), sum(map(len, prefixes)))
 
 
-def _alone(place: RunFolder) -> AbstractContextManager[bool]:
-    """Inside, whether the last step is ours.
+def _alone(lock: Path) -> AbstractContextManager[bool]:
+    """Inside, whether the lock is ours.
 
-    Where the file system has no locks it is anybody's: to solve twice costs time, and no harm.
+    Where the file system has no locks it is anybody's: to do something twice costs time, no harm.
     """
     try:
-        return taken(place.path / LOCK)
+        return taken(lock)
     except OSError as problem:
-        log.warning("%s has no locks (%s)", place.path, problem)
-        return nullcontext(True)
-
-
-def _in_turn(folder: Path) -> AbstractContextManager[bool]:
-    """Inside, whether it is our turn to take a piece; without locks always, as in `_alone`."""
-    try:
-        return taken(folder / TURNS)
-    except OSError:
+        log.warning("%s has no locks (%s)", lock.parent, problem)
         return nullcontext(True)
 
 
@@ -213,7 +205,7 @@ class Work:
         with progress("pieces", len(self.made), "piece") as bar:
             while True:
                 # who looks also takes, before another one looks: or both would make the same
-                with _in_turn(self.worker.folder) as ours:
+                with _alone(self.worker.folder / TURNS) as ours:
                     there = files_there(self.worker.folder)
                     missing = [one for one in self.order if not one[0].done(there)]
                     if not missing or is_finished(self.worker.folder, self.worker.sign.config):

@@ -109,11 +109,10 @@ def read(path: str | Path, *, lazily: bool = False) -> Content:
                 f"{path}: C0 of layer {layer} has shape {tuple(moment.shape)}, which is not "
                 "square; collect the statistics again"
             )
+    made: Mapping[int, Moment] = moments
     if lazily:
-        names = {layer: f"C0.{layer}" for layer in moments}
-        again = {
+        made = {
             layer: partial(read_one, place, name, hashes[name], StatisticsFileError)
-            for layer, name in names.items()
+            for layer, name in ((layer, f"C0.{layer}") for layer in moments)
         }
-        return Content(source, again, agreement, counted, fresh)
-    return Content(source, moments, agreement, counted, fresh)
+    return Content(source, made, agreement, counted, fresh)
